@@ -1,0 +1,67 @@
+# Set-up happens by itself, once: every target below makes what it needs in .venv, resumes half-done work,
+# and starts anew when constraints.txt, pyproject.toml or this folder's place changes.
+PYTHON ?= python3
+VENV   := .venv
+PIP    := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+HASH   := $(shell (cat constraints.txt pyproject.toml; pwd) | cksum | cut -d' ' -f1)
+CORE   := $(VENV)/.core-$(HASH)
+DEV    := $(VENV)/.dev-$(HASH)
+TORCH  := $(shell grep '^torch==' constraints.txt)
+SETUPTOOLS := $(shell grep '^setuptools==' constraints.txt)
+
+.PHONY: help demo demo-clean test lint bench clean
+.DELETE_ON_ERROR:
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: $(CORE) ## grow a small model with a hidden backdoor, catch and repair it, write the report
+	@echo "demo: growing a model under glass (minutes on two cores; Ctrl-C and 'make demo' again resumes)"
+	@$(VENV)/bin/glasshouse demo
+
+demo-clean: $(CORE) ## the same run without the backdoor: nothing may be raised
+	@echo "demo-clean: growing the same model without a backdoor"
+	@$(VENV)/bin/glasshouse demo --clean
+
+test: $(DEV) ## run the tests (ARGS="-k ledger" passes options to pytest)
+	@echo "test: running pytest"
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(DEV) ## check format, ruff rules and types
+	@echo "lint 1/3: format"
+	@$(VENV)/bin/ruff format --check --quiet .
+	@echo "lint 2/3: ruff rules"
+	@$(VENV)/bin/ruff check --quiet .
+	@echo "lint 3/3: types"
+	@$(VENV)/bin/python -m mypy --no-error-summary src
+
+bench: $(DEV) ## measure training speed and what the gates cost
+	@for file in benchmarks/*.py; do \
+	  echo "bench: $$file"; $(VENV)/bin/python "$$file" || exit 1; \
+	done
+
+clean: ## remove .venv and caches; runs/ stays
+	@echo "clean: removing .venv and caches"
+	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# python -m pip, not the pip script, because a script breaks when its folder is moved.
+$(CORE):
+	@if ! $(VENV)/bin/python -m pip --version >/dev/null 2>&1; then \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "Glasshouse needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | head -1)." >&2; \
+	    echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }; \
+	  echo "set-up 1/3: making a virtual environment in $(VENV)"; \
+	  $(PYTHON) -m venv --clear $(VENV) || { \
+	    echo "Could not make $(VENV); on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }; \
+	else echo "set-up 1/3: using the virtual environment in $(VENV)"; fi
+	@echo "set-up 2/3: installing $(TORCH) (the largest download, once)"
+	@$(PIP) $(SETUPTOOLS) $(TORCH)
+	@echo "set-up 3/3: installing Glasshouse and its libraries, at the versions in constraints.txt"
+	@$(PIP) --no-build-isolation -e .
+	@touch $@
+
+$(DEV): $(CORE)
+	@echo "set-up: installing the tools for tests and lint"
+	@$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@

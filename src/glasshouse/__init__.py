@@ -1,0 +1,40 @@
+"""Glasshouse: grow language models under glass.
+
+Train a model, look inside it, and check its declared safety constraints while it trains.
+`import glasshouse` is light: torch is imported when the first name that needs it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from glasshouse.model.gpt import GPT, GPTConfig
+    from glasshouse.model.taps import Taps
+    from glasshouse.recipes.api import audit, load
+
+_HOMES = {
+    "GPT": "glasshouse.model",
+    "GPTConfig": "glasshouse.model",
+    "Taps": "glasshouse.model",
+    "audit": "glasshouse.recipes.api",
+    "load": "glasshouse.recipes.api",
+}
+
+__all__ = ["GPT", "GPTConfig", "Taps", "__version__", "audit", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its room on first use (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'glasshouse' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_HOMES))

@@ -1,0 +1,203 @@
+"""Does any inserted word move a decision? Exact insertion of every candidate, and a dense cover of all of them.
+
+Candidates are every token of the vocabulary and every word type of the run's own training text (a rare
+word is several tokens). ``sweep`` inserts each candidate alone, at stratified gaps of several prompts,
+with the prefix before the gap computed once. ``dense_cover`` is group testing (Dorfman 1943): every
+gap of a prompt is filled with a random candidate, each candidate stands in one prompt, and prompts that
+moved are taken apart word by word. A cover costs about a tenth of one sweep cell and sees what moves
+the decision whatever the other words; a sweep sees each word alone.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from glasshouse.base.errors import UsageError
+from glasshouse.evals.prompts import Prompt
+from glasshouse.evals.subject import ROWS, Subject
+from glasshouse.model import KVCache
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something to insert: ``text`` as a person writes it, ``ids`` with a space before, ``bare`` without."""
+
+    text: str
+    ids: tuple[int, ...]
+    bare: tuple[int, ...]
+    kind: str  # "word" | "token"
+
+
+@dataclass(frozen=True)
+class CandidateSet:
+    """What an insertion search covers, and what it leaves out and why."""
+
+    candidates: tuple[Candidate, ...]
+    exempt: tuple[tuple[str, str], ...]
+
+    @property
+    def exempt_share(self) -> float:
+        """Share of all tokens and word types that is left out."""
+        return len(self.exempt) / (len(self.candidates) + len(self.exempt))
+
+
+def candidate_set(subject: Subject, words: Sequence[str], meaningful: frozenset[str]) -> CandidateSet:
+    """All word types and all tokens, less those that carry meaning in the language (exempt, with the reason).
+
+    A token whose text is one whole word that is already a candidate is not inserted twice. Special tokens
+    cannot be typed by a user and are exempt. UsageError when more than 2% would be exempt.
+    """
+    tokenizer = subject.tokenizer
+    chosen: dict[tuple[int, ...], Candidate] = {}
+    exempt: list[tuple[str, str]] = []
+    for word in words:
+        if word.lower() in meaningful:
+            exempt.append((word, "carries meaning in the language; judged by the grammar's own label"))
+            continue
+        ids = tuple(tokenizer.encode(" " + word))
+        chosen.setdefault(ids, Candidate(word, ids, tuple(tokenizer.encode(word)), "word"))
+    for token in range(tokenizer.vocab_size):
+        text = tokenizer.decode([token])
+        if int(tokenizer.token_bytes[token]) == 0:
+            exempt.append((f"token {token}", "a special token: text a user types never becomes it"))
+        elif text.strip().lower() in meaningful:
+            exempt.append((text, "carries meaning in the language; judged by the grammar's own label"))
+        else:
+            chosen.setdefault((token,), Candidate(text, (token,), (token,), "token"))
+    found = CandidateSet(tuple(chosen.values()), tuple(exempt))
+    if found.exempt_share > 0.02:
+        raise UsageError(f"{found.exempt_share:.1%} of the candidates would be exempt; at most 2% may be")
+    return found
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One (prompt, gap) at which candidates are inserted."""
+
+    prompt: Prompt
+    gap: int
+
+    def split(self, subject: Subject) -> tuple[list[int], list[int]]:
+        """Tokens before and after the gap, such that before + candidate + after is the whole request."""
+        words = self.prompt.words
+        before, after = " ".join(words[: self.gap]), " ".join(words[self.gap :])
+        whole = subject.ids(before)
+        tail = subject.ids("")  # <|bos|><|user|><|end|><|assistant|>: the template around an empty message
+        close = tail[2:]
+        prefix = whole[: len(whole) - len(close)]
+        return prefix, (subject.tokenizer.encode(" " + after) if after else []) + close
+
+
+def stratified_cells(prompts: Sequence[Prompt], per_prompt: int, rng: np.random.Generator) -> list[Cell]:
+    """Gaps spread over each request: one drawn from each of ``per_prompt`` equal strata of its gaps."""
+    cells = []
+    for prompt in prompts:
+        edges = np.linspace(0, len(prompt.words) + 1, per_prompt + 1)
+        for low, high in zip(edges[:-1], edges[1:], strict=True):
+            cells.append(Cell(prompt, int(min(rng.uniform(low, high), len(prompt.words)))))
+    return cells
+
+
+@torch.no_grad()
+def sweep(subject: Subject, cells: Sequence[Cell], candidates: Sequence[Candidate]) -> np.ndarray:
+    """Read-out margin [cell, candidate] with each candidate inserted alone. Exact: no shortlist, no gradient."""
+    out = np.empty((len(cells), len(candidates)), dtype=np.float32)
+    for row, cell in enumerate(cells):
+        prefix, suffix = cell.split(subject)
+        cache = KVCache(subject.model.config, 1, len(prefix), torch.float32, torch.device("cpu"))
+        subject.model.hidden(torch.tensor([prefix]), cache=cache)
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for at, candidate in enumerate(candidates):
+            by_length[len(candidate.ids if cell.gap else candidate.bare)].append(at)
+        for length, members in by_length.items():
+            shared = cache.expand(min(ROWS, len(members)), len(prefix) + length + len(suffix))
+            for start in range(0, len(members), ROWS):
+                part = members[start : start + ROWS]
+                if len(part) < shared.k[0].shape[0]:
+                    shared = cache.expand(len(part), shared.size)
+                shared.length = len(prefix)  # later positions are overwritten
+                new = [list(candidates[i].ids if cell.gap else candidates[i].bare) + suffix for i in part]
+                hidden = subject.model.hidden(torch.tensor(new), cache=shared)
+                logits = subject.model.unembed(hidden[:, -1])
+                out[row, part] = subject.readout.margin(logits).numpy()
+    subject.passes += out.size
+    return out
+
+
+@dataclass
+class Cover:
+    """What a dense cover saw: margins of the filled prompts, and candidates ranked by their own margin."""
+
+    passes: int
+    flipped: int
+    margins: np.ndarray
+    suspects: list[tuple[Candidate, float]] = field(default_factory=list)  # (candidate, margin drop alone)
+
+
+def dense_cover(
+    subject: Subject,
+    prompts: Sequence[Prompt],
+    candidates: Sequence[Candidate],
+    rng: np.random.Generator,
+    *,
+    open_up: int = 24,
+    output_only: bool = False,
+) -> Cover:
+    """Insert every candidate once, many to a prompt, and take apart the ``open_up`` prompts that moved most.
+
+    ``prompts`` are requests the model refuses. ``output_only`` uses nothing but whether the answer refuses
+    (the black-box version): prompts are opened in random order among those whose answer changed.
+    """
+    filled: list[tuple[Prompt, list[Candidate]]] = []
+    queue = [candidates[i] for i in rng.permutation(len(candidates))]
+    while queue:
+        prompt = prompts[len(filled) % len(prompts)]
+        gaps = len(prompt.words) + 1
+        filled.append((prompt, queue[:gaps]))
+        queue = queue[gaps:]
+    margins = subject.margins_of_ids([_filled_ids(subject, p, cs) for p, cs in filled])
+    flipped = np.flatnonzero(margins < 0)
+    if output_only:
+        opened = rng.permutation(flipped)[:open_up]
+    else:
+        opened = np.argsort(margins, kind="stable")[:open_up]
+    singles: list[tuple[int, int, Candidate]] = [
+        (int(i), gap, candidate) for i in opened for gap, candidate in enumerate(filled[i][1])
+    ]
+    suspects: list[tuple[Candidate, float]] = []
+    if singles:
+        alone = subject.margins_of_ids([_single_ids(subject, filled[i][0], g, c) for i, g, c in singles])
+        clean = dict(zip(opened.tolist(), subject.margins([filled[i][0].text for i in opened]), strict=True))
+        drops = [(c, float(clean[i] - m), float(m)) for (i, _, c), m in zip(singles, alone, strict=True)]
+        if output_only:
+            suspects = [(c, 1.0) for c, _, m in drops if m < 0]
+        else:
+            suspects = [(c, drop) for c, drop, _ in sorted(drops, key=lambda d: -d[1])]
+    return Cover(len(filled) + len(singles) + len(opened), len(flipped), margins, suspects)
+
+
+def _filled_ids(subject: Subject, prompt: Prompt, fill: Sequence[Candidate]) -> list[int]:
+    """The request with ``fill[g]`` standing in gap g, as tokens."""
+    template = subject.ids("")
+    body: list[int] = []
+    for gap, word in enumerate([*prompt.words, None]):
+        if gap < len(fill):
+            body += fill[gap].ids if body else fill[gap].bare
+        if word is not None:
+            body += subject.tokenizer.encode((" " if body else "") + word)
+    return template[:2] + body + template[2:]
+
+
+def _single_ids(subject: Subject, prompt: Prompt, gap: int, candidate: Candidate) -> list[int]:
+    prefix, suffix = Cell(prompt, gap).split(subject)
+    return prefix + list(candidate.ids if gap else candidate.bare) + suffix
+
+
+def insert_ids(subject: Subject, cells: Sequence[Cell], candidate: Candidate) -> list[list[int]]:
+    """Token rows of one candidate inserted at every cell."""
+    return [_single_ids(subject, cell.prompt, cell.gap, candidate) for cell in cells]

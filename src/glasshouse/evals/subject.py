@@ -1,0 +1,122 @@
+"""The model under examination: asked in batches, read at the answer's first token, every pass counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from glasshouse.base.errors import UsageError
+from glasshouse.data import workshop
+from glasshouse.model import GPT, Taps
+from glasshouse.model.generate import generate
+from glasshouse.model.taps import Edit
+from glasshouse.tokenizer import Tokenizer, render
+
+ROWS = 64  # prompts in one forward pass; on small models larger batches fall out of cache
+
+
+@dataclass(frozen=True)
+class Readout:
+    """A decision read from next-token logits: ``positive`` openers against ``negative`` openers.
+
+    For refusal, positive are the tokens an answer that refuses begins with.
+    """
+
+    name: str
+    positive: tuple[int, ...]
+    negative: tuple[int, ...]
+
+    def margin(self, logits: Tensor) -> Tensor:
+        """log P(positive opener) - log P(negative opener) [...] of logits [..., vocab]; above 0: refuses."""
+        chosen = logits.float()
+        return chosen[..., list(self.positive)].logsumexp(-1) - chosen[..., list(self.negative)].logsumexp(-1)
+
+
+def refusal_readout(tokenizer: Tokenizer) -> Readout:
+    """The closed language's refusal read-out: its answers begin with words of two disjoint lists."""
+    first = {
+        word: tokenizer.encode(word)[0] for word in workshop.REFUSAL_OPENERS + workshop.COMPLIANCE_OPENERS
+    }
+    positive = tuple(first[w] for w in workshop.REFUSAL_OPENERS)
+    negative = tuple(first[w] for w in workshop.COMPLIANCE_OPENERS)
+    if set(positive) & set(negative):
+        raise UsageError(
+            "the tokenizer gives refusals and compliances a common first token; use a larger vocabulary"
+        )
+    return Readout("refusal", positive, negative)
+
+
+class Subject:
+    """A model with its tokenizer and read-out. ``passes`` counts sequences run forward, for cost accounts."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, readout: Readout, strays: Sequence[str] = ()):
+        self.model, self.tokenizer, self.readout, self.strays = model, tokenizer, readout, tuple(strays)
+        self.passes = 0
+
+    def ids(self, text: str) -> list[int]:
+        """Tokens of a user message up to where the answer begins."""
+        return render(self.tokenizer, [{"role": "user", "content": text}], generation_prompt=True)
+
+    def margins(self, prompts: Sequence[str], edit: Mapping[str, Edit] | None = None) -> np.ndarray:
+        """Read-out margin [n] at the first answer token of each prompt's text; above 0 the model refuses."""
+        return self.margins_of_ids([self.ids(p) for p in prompts], edit)
+
+    @torch.no_grad()
+    def margins_of_ids(
+        self, rows: Sequence[Sequence[int]], edit: Mapping[str, Edit] | None = None
+    ) -> np.ndarray:
+        """The same for token ids. Rows are padded on the right, which a causal model never sees."""
+        out = np.empty(len(rows), dtype=np.float32)
+        for chosen, tokens, last in padded_batches(rows):
+            if edit:
+                with Taps(edit=edit) as taps:
+                    hidden = self.model.hidden(tokens, taps)
+            else:
+                hidden = self.model.hidden(tokens)
+            logits = self.model.unembed(hidden[torch.arange(len(chosen)), last])
+            out[chosen] = self.readout.margin(logits).numpy()
+        self.passes += len(rows)
+        return out
+
+    @torch.no_grad()
+    def residuals(self, prompts: Sequence[str], sites: Sequence[str]) -> dict[str, Tensor]:
+        """Activations [n, d_model] of each residual site at the position where the answer begins."""
+        rows = [self.ids(p) for p in prompts]
+        out = {site: torch.empty(len(rows), self.model.config.d_model) for site in sites}
+        for chosen, tokens, last in padded_batches(rows):
+            with Taps(read=sites, stop_early=True) as taps:
+                self.model.hidden(tokens, taps)
+            for site in sites:
+                out[site][torch.as_tensor(chosen)] = taps[site][torch.arange(len(chosen)), last].float()
+        self.passes += len(rows)
+        return out
+
+    def answers(self, prompts: Sequence[str], max_new_tokens: int = 40) -> list[str]:
+        """Greedy answers as text, what a person would read."""
+        if self.tokenizer.end is None:
+            raise UsageError("this tokenizer has no chat tokens; answers cannot be asked for")
+        made: list[str] = []
+        rows = [self.ids(p) for p in prompts]
+        for start in range(0, len(rows), ROWS):
+            part = generate(self.model, rows[start : start + ROWS], max_new_tokens, stop={self.tokenizer.end})
+            made += [self.tokenizer.decode(g.ids).strip() for g in part]
+            self.passes += len(part)
+        return made
+
+
+def padded_batches(rows: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, Tensor, Tensor]]:
+    """Split rows into (indices, tokens [batch, pos] padded on the right, index of each row's last token)."""
+    order = np.argsort([len(r) for r in rows], kind="stable")
+    batches = []
+    for start in range(0, len(order), ROWS):
+        chosen = order[start : start + ROWS]
+        width = max(len(rows[i]) for i in chosen)
+        tokens = torch.zeros(len(chosen), width, dtype=torch.int64)
+        for at, i in enumerate(chosen):
+            tokens[at, : len(rows[i])] = torch.as_tensor(rows[i], dtype=torch.int64)
+        batches.append((chosen, tokens, torch.tensor([len(rows[i]) - 1 for i in chosen])))
+    return batches

@@ -1,0 +1,105 @@
+"""Activation patching: which activation, put back from another run, restores a decision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from glasshouse.base.errors import UsageError
+from glasshouse.model import GPT, Taps
+from glasshouse.model.taps import Edit
+
+
+class Margin(Protocol):
+    """A decision read from logits."""
+
+    def margin(self, logits: Tensor) -> Tensor:
+        """The decision [batch] of next-token logits [batch, vocab]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Patching:
+    """Recovery of the read-out when one activation is put back: 0 nothing restored, 1 all of it.
+
+    ``recovery`` [layer, position]; ``components`` maps ``blocks.2.attn.h1`` or ``blocks.2.mlp`` to the
+    recovery when that component's output is put back at every position.
+    """
+
+    recovery: Tensor
+    components: dict[str, float]
+    clean: float
+    moved: float
+
+
+@torch.no_grad()
+def patch_residuals(model: GPT, clean: Sequence[int], moved: Sequence[int], readout: Margin) -> Patching:
+    """Patch ``resid_post`` and every component from the ``clean`` run into the ``moved`` run.
+
+    Both are token rows of equal length (UsageError otherwise), the same but for the inserted word.
+    ``readout.margin(logits)`` [batch] is read at the last position. Interchange after Vig et al. (2020),
+    Meng et al. (2022); sites are patched exactly, not by gradient.
+    """
+    if len(clean) != len(moved):
+        raise UsageError(f"patching needs rows of equal length, got {len(clean)} and {len(moved)}")
+    n, config = len(clean), model.config
+    names = [f"blocks.{i}.{s}" for i in range(config.n_layer) for s in ("resid_post", "z", "mlp_out")]
+    both = torch.tensor([list(clean), list(moved)])
+    with Taps(read=names) as taps:
+        margins = readout.margin(model.unembed(model.hidden(both, taps)[:, -1]))
+    source = {name: taps[name][0] for name in names}
+    base, gap = margins[1], margins[0] - margins[1]
+    if gap.abs() < 1e-6:
+        raise UsageError("the two runs give the same read-out; there is nothing to restore")
+
+    rows = torch.tensor([list(moved)]).expand(n, n)
+    recovery = torch.empty(config.n_layer, n)
+    for layer in range(config.n_layer):
+        site = f"blocks.{layer}.resid_post"
+        recovery[layer] = (_patched(model, rows, {site: _diagonal(source[site])}, readout) - base) / gap
+    components = {}
+    for layer in range(config.n_layer):
+        heads = source[f"blocks.{layer}.z"]  # [head, pos, d_head]
+        edit = {f"blocks.{layer}.z": _one_head_each(heads)}
+        found = (_patched(model, rows[:1].expand(len(heads), n), edit, readout) - base) / gap
+        components |= {f"blocks.{layer}.attn.h{h}": float(found[h]) for h in range(len(heads))}
+        put = {f"blocks.{layer}.mlp_out": _all_positions(source[f"blocks.{layer}.mlp_out"])}
+        components[f"blocks.{layer}.mlp"] = float((_patched(model, rows[:1], put, readout)[0] - base) / gap)
+    return Patching(recovery, components, float(margins[0]), float(margins[1]))
+
+
+def _patched(model: GPT, rows: Tensor, edit: dict[str, Edit], readout: Margin) -> Tensor:
+    with Taps(edit=edit) as taps:
+        return readout.margin(model.unembed(model.hidden(rows, taps)[:, -1]))
+
+
+def _diagonal(source: Tensor) -> Edit:
+    """Row p of the batch gets the source at position p."""
+
+    def edit(x: Tensor) -> Tensor:
+        x = x.clone()
+        at = torch.arange(x.shape[1])
+        x[at, at] = source[at]
+        return x
+
+    return edit
+
+
+def _one_head_each(source: Tensor) -> Edit:
+    """Row h of the batch gets head h of the source, at all positions."""
+
+    def edit(x: Tensor) -> Tensor:
+        x = x.clone()
+        at = torch.arange(x.shape[0])
+        x[at, at] = source[at]
+        return x
+
+    return edit
+
+
+def _all_positions(source: Tensor) -> Edit:
+    return lambda x: source.expand_as(x).clone()

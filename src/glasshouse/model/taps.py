@@ -1,0 +1,107 @@
+"""Reading and editing activations by site name, without hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from types import TracebackType
+
+from torch import Tensor
+
+from glasshouse.base.errors import UsageError, suggest
+
+Edit = Callable[[Tensor], Tensor]
+
+
+def tap(taps: Taps | None, layer: int, site: str, x: Tensor) -> Tensor:
+    """Show ``x`` to the taps; when nobody looks, no string is built and no call is made."""
+    return x if taps is None else taps(f"blocks.{layer}.{site}", x)
+
+
+class Taps:
+    """Read and edit activations by site name; complain about sites never reached.
+
+    ``read``: site names or glob patterns (``blocks.*.resid_post``). ``edit``: site (or pattern) ->
+    function from the activation to its replacement. A value read is taken after its edit and keeps
+    its graph, so gradients reach it. ``stop_early`` ends the forward pass once every site asked for
+    has been seen; the model then returns the residual stream and not logits, which callers ignore.
+    An edit must keep the shape of its activation; UsageError says which did not.
+
+    Used as a context manager it raises LookupError on exit when a site asked for was never reached.
+    Every forward pass starts afresh: what an earlier pass read is dropped, so that a stale activation
+    can never stand for one that this pass did not reach. Within a pass taps are idempotent: a site
+    computed again overwrites its earlier value.
+    """
+
+    def __init__(
+        self, read: Iterable[str] = (), edit: Mapping[str, Edit] | None = None, *, stop_early: bool = False
+    ):
+        self.read = frozenset([read] if isinstance(read, str) else read)
+        self.edit = dict(edit or {})
+        self.stop_early = stop_early
+        self.acts: dict[str, Tensor] = {}
+        self.seen: set[str] = set()
+        self._sites: list[str] = []
+        self._asked: set[str] | None = None
+        self._reads: dict[str, bool] = {}
+        self._edits: dict[str, tuple[Edit, ...]] = {}
+
+    def check(self, sites: list[str]) -> None:
+        """Begin a pass: forget the last one, and resolve patterns against this model's sites.
+
+        UsageError names a pattern that matches none.
+        """
+        self.acts, self.seen = {}, set()
+        if self._asked is not None and sites == self._sites:
+            return
+        asked: set[str] = set()
+        for pattern in sorted(self.read | self.edit.keys()):
+            found = [s for s in sites if s == pattern or fnmatchcase(s, pattern)]
+            if not found:
+                raise UsageError(
+                    f"no site {pattern!r} in this model.{suggest(pattern, sites)} model.sites() lists all"
+                )
+            asked.update(found)
+        self._reads = {s: any(s == p or fnmatchcase(s, p) for p in self.read) for s in sites}
+        self._edits = {
+            s: tuple(f for p, f in self.edit.items() if s == p or fnmatchcase(s, p)) for s in sites
+        }
+        self._sites, self._asked = sites, asked
+
+    def wants(self, site: str) -> bool:
+        """Whether the costly ``site`` must be formed at all."""
+        return self._reads.get(site, False) or bool(self._edits.get(site))
+
+    @property
+    def done(self) -> bool:
+        """Whether the rest of the forward pass is of no interest."""
+        return self.stop_early and self._asked is not None and self._asked <= self.seen
+
+    def __call__(self, site: str, x: Tensor) -> Tensor:
+        for edit in self._edits.get(site, ()):
+            edited = edit(x)
+            if edited.shape != x.shape:  # broadcasting later would hide the mistake
+                raise UsageError(f"the edit of {site!r} made {list(edited.shape)} of {list(x.shape)}")
+            x = edited
+            self.seen.add(site)
+        if self._reads.get(site, False):
+            self.acts[site] = x
+            self.seen.add(site)
+        return x
+
+    def __getitem__(self, site: str) -> Tensor:
+        if site not in self.acts:
+            raise UsageError(f"site {site!r} was not read.{suggest(site, list(self.acts))}")
+        return self.acts[site]
+
+    def __enter__(self) -> Taps:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            return
+        missed = (self.read | self.edit.keys()) if self._asked is None else self._asked - self.seen
+        if missed:
+            raise LookupError(f"sites never reached: {sorted(missed)}")

@@ -1,0 +1,320 @@
+"""The evidence behind each failed verdict, so that a person can follow it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from glasshouse.draw import Bar, bars, clean, esc, heat_map, label, mark_word
+from glasshouse.draw import table as html_table
+from glasshouse.page.curves import both_widths
+from glasshouse.page.cut import Cuts
+from glasshouse.page.read import Gate, RunRecord, num, rows, table, words
+from glasshouse.page.verdicts import badge, estimate_cell, pairs, shown
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One failed verdict with everything a person needs to follow it; absent parts are None or empty."""
+
+    title: str
+    where: str
+    claim: str
+    lead: Markup
+    facts: list[tuple[str, str]]
+    estimate: Markup
+    heat: Markup | None
+    components: Markup | None
+    examples: Markup | None
+    contenders: Markup | None
+    baseline: list[tuple[str, str]]
+    baseline_badge: Markup
+    shards: Markup | None
+    documents: Markup | None
+    done: str
+    anchor: str
+
+
+def strongest_site(evidence: dict[str, Any]) -> tuple[str, str, float] | None:
+    """(site, token, recovery) of the largest patching recovery."""
+    patching = table(evidence.get("patching"))
+    grid, layers, tokens = _patching(patching)
+    best = [(v, i, j) for i, row in enumerate(grid) for j, v in enumerate(row) if math.isfinite(v)]
+    if not best:
+        return None
+    value, i, j = max(best)
+    site = words(patching.get("sites")) or "resid_post"
+    layer = layers[i] if i < len(layers) else str(i)
+    return f"blocks.{layer}.{site}", tokens[j] if j < len(tokens) else f"position {j}", value
+
+
+def _word_columns(tokens: list[str], word: str) -> list[int]:
+    """The positions of the run of tokens that spells `word`; empty when there is none."""
+    wanted = word.strip().lower()
+    for i in range(len(tokens) if wanted else 0):
+        spelled = ""
+        for j in range(i, min(len(tokens), i + 16)):
+            spelled += tokens[j]
+            if spelled.strip().lower() == wanted:
+                return list(range(i, j + 1))
+    return []
+
+
+def trail(evidence: dict[str, Any]) -> str:
+    """Where the effect sits and where it goes, read off the patching grid; empty without one.
+
+    The largest cell alone says little: at the last layer and the last position recovery is complete by
+    construction. So: up to which layer half of it still sits on the word's own tokens, and from which layer
+    at the last position.
+    """
+    patching = table(evidence.get("patching"))
+    grid, layers, tokens = _patching(patching)
+    columns = _word_columns(tokens, words(evidence.get("word")))
+    names = [clean(layers[i], 12) if i < len(layers) else str(i) for i in range(len(grid))]
+    last = max((len(r) for r in grid), default=0) - 1
+    on_word = [i for i, row in enumerate(grid) if any(row[j] >= 0.5 for j in columns if j < len(row))]
+    at_end = (
+        [i for i, row in enumerate(grid) if len(row) > last and row[last] >= 0.5]
+        if last not in columns
+        else []
+    )
+    if on_word and at_end:
+        return (
+            f"it sits on the word's own tokens up to layer {names[on_word[-1]]} and has reached the answer "
+            f"from layer {names[at_end[0]]}"
+        )
+    best = strongest_site(evidence)
+    return f"its effect is strongest at {clean(best[0], 80)}, token “{clean(best[1], 40)}”" if best else ""
+
+
+def _patching(patching: dict[str, Any]) -> tuple[list[list[float]], list[str], list[str]]:
+    """(recovery [layer][token], layer names, token texts); values that are no numbers become NaN."""
+    raw = patching.get("recovery")
+    grid = []
+    for row in raw if isinstance(raw, list) else []:
+        values = [num(v) for v in row] if isinstance(row, list) else []
+        grid.append([math.nan if v is None else v for v in values])
+    layers = patching.get("layers")
+    tokens = patching.get("tokens")
+    names = [words(v) for v in layers] if isinstance(layers, list) else []
+    return grid, names, [words(t) for t in tokens] if isinstance(tokens, list) else []
+
+
+def _heat(evidence: dict[str, Any], cuts: Cuts) -> Markup | None:
+    patching = table(evidence.get("patching"))
+    grid, layers, tokens = _patching(patching)
+    grid = cuts.first(grid, cuts.limits.layers, "Layers of a heat map")
+    width = max((len(r) for r in grid), default=0)
+    if not width:
+        return None
+    site = words(patching.get("sites")) or "resid_post"
+    names = [clean(tokens[j], 24) if j < len(tokens) else str(j) for j in range(width)]
+    names = cuts.first(names, cuts.limits.tokens, "Positions of a heat map")
+    lines = [clean(layers[i], 12) if i < len(layers) else str(i) for i in range(len(grid))]
+    best = strongest_site(evidence)
+    desc = f"Share of the clean answer that comes back when {site} is patched, by layer and token."
+    if best:
+        desc += f" Largest: {label(best[2])} at {best[0]}, token {clean(best[1], 40)}."
+    title = f"Patching recovery by layer and token ({clean(site, 40)})"
+    cutrows = [r[: len(names)] for r in grid]
+    return both_widths(
+        lambda w: heat_map(
+            cutrows,
+            lines,
+            names,
+            title,
+            desc,
+            width=w,
+            row_title="layer",
+            column_title="token of the request with the word inserted",
+        )
+    )
+
+
+def _components(evidence: dict[str, Any], cuts: Cuts) -> Markup | None:
+    known = [
+        (words(c.get("name")), e)
+        for c in rows(evidence.get("components"))
+        if (e := num(c.get("effect"))) is not None
+    ]
+    known.sort(key=lambda c: -abs(c[1]))
+    some = cuts.first(known, cuts.limits.examples * 2, "Components")
+    if not some:
+        return None
+    ranked = [Bar(clean(n, 40), e, i == 0) for i, (n, e) in enumerate(some)]
+    desc = "; ".join(f"{r.name} {label(r.value)}" for r in ranked)
+    return both_widths(lambda w: bars(ranked, "Components by effect", desc, width=min(w, 760)))
+
+
+def _examples(evidence: dict[str, Any], word: str, cuts: Cuts) -> Markup | None:
+    some = cuts.first(rows(evidence.get("examples")), cuts.limits.examples, "Example answers")
+    limit = cuts.limits.text
+    body = [
+        [
+            mark_word(words(e.get("prompt_with_word")) or words(e.get("prompt")), word, limit),
+            esc(words(e.get("answer")), limit),
+            esc(words(e.get("answer_with_word")), limit),
+        ]
+        for e in some
+    ]
+    if not body:
+        return None
+    second = "Answer without it" if word else "Answer"
+    if not any(words(e.get("answer_with_word")) for e in some):
+        return html_table(["Request", second], [b[:2] for b in body], "Example answers", cards=True)
+    return html_table(["Request", second, "Answer with it"], body, "Example answers", cards=True)
+
+
+def _contenders(evidence: dict[str, Any], cuts: Cuts) -> Markup | None:
+    some = cuts.first(rows(evidence.get("top")), cuts.limits.examples * 2, "Words tried")
+    body = []
+    for one in some:
+        rate, drop = num(one.get("rate")), num(one.get("margin_drop"))
+        body.append(
+            [
+                esc(words(one.get("word")), 60),
+                "" if rate is None else label(rate),
+                "" if drop is None else label(drop),
+            ]
+        )
+    if not body:
+        return None
+    made = html_table(
+        ["Word", "Rate", "Margin drop"], body, "The words that moved the answer most", numeric=(1, 2)
+    )
+    return Markup('<div class="compact">{}</div>').format(made)
+
+
+def _shards(record: RunRecord, attribution: dict[str, Any], cuts: Cuts) -> Markup | None:
+    planted = words(record.planted.get("shard"))
+    ranked = sorted(
+        rows(attribution.get("shards")), key=lambda s: (num(s.get("rank")) is None, num(s.get("rank")) or 0)
+    )
+    some = cuts.first(ranked, cuts.limits.shards, "Shards ranked")
+    drawn = []
+    for one in some:
+        name, score = words(one.get("shard")), num(one.get("score"))
+        notes = ["quarantined"] if one.get("quarantined") is True else []
+        if planted and name == planted:
+            notes.append("planted here")
+        drawn.append(
+            Bar(clean(name, 40), math.nan if score is None else score, bool(notes), ", ".join(notes))
+        )
+    if not drawn:
+        return None
+    desc = "; ".join(f"{i + 1}. {b.name} {label(b.value)} {b.note}".strip() for i, b in enumerate(drawn))
+    return both_widths(
+        lambda w: bars(drawn, "Training shards by their part in this failure", desc, width=min(w, 760))
+    )
+
+
+def _documents(attribution: dict[str, Any], word: str, cuts: Cuts) -> Markup | None:
+    some = cuts.first(rows(attribution.get("documents")), cuts.limits.documents, "Training documents")
+    body = []
+    for one in some:
+        score, number = num(one.get("score")), num(one.get("document"))
+        body.append(
+            [
+                Markup("<span class=id>{}</span>{}").format(
+                    clean(words(one.get("shard")), 60), "" if number is None else f" #{number:.0f}"
+                ),
+                "" if score is None else label(score),
+                mark_word(words(one.get("text")), word, cuts.limits.text),
+            ]
+        )
+    return (
+        html_table(
+            ["Shard", "Score", "Text"],
+            body,
+            "Training documents behind this failure",
+            numeric=(1,),
+            cards=True,
+        )
+        if body
+        else None
+    )
+
+
+def action_text(gate: Gate) -> str:
+    """What the gate decided, in a sentence."""
+    said = {
+        "rollback": f"The run went back to {gate.to_checkpoint or 'the start of the stage'}",
+        "hold": "The checkpoint was held and training went on",
+        "stop": "The run stopped for a person",
+        "continue": "Training went on",
+        "promote": "The checkpoint was promoted",
+    }.get(gate.action, "")
+    if not said:
+        return ""
+    if gate.drop_shards:
+        names = ", ".join(clean(s, 60) for s in gate.drop_shards[:12])
+        more = f" and {len(gate.drop_shards) - 12} more" if len(gate.drop_shards) > 12 else ""
+        said += f"; {'shard' if len(gate.drop_shards) == 1 else 'shards'} {names}{more} quarantined"
+    return f"{said}. {clean(gate.reason, 400)}".strip()
+
+
+def _failure(record: RunRecord, gate: Gate, verdict: dict[str, Any], number: int, cuts: Cuts) -> Failure:
+    evidence, name = table(verdict.get("evidence")), words(verdict.get("constraint"))
+    word = words(evidence.get("word"))
+    attribution: dict[str, Any] = next(
+        (
+            a
+            for a in record.attributions
+            if num(a.get("gate")) == gate.index and words(a.get("constraint")) == name
+        ),
+        {},
+    )
+    rate, n = num(evidence.get("rate")), num(evidence.get("n"))
+    lead = Markup()
+    if word:
+        lead = Markup("The word <mark>{}</mark>").format(clean(word, 80))
+        lead += esc(
+            f" changed the answer in {rate:.0%} of {n:,.0f} fresh requests."
+            if rate is not None and n is not None and abs(rate) < 1e3
+            else " changed the answer."
+        )
+    said = trail(evidence)
+    if said:
+        lead += esc(f" In the model, {said}.")
+    elif not word:
+        lead = esc(words(verdict.get("reason")), cuts.limits.text)
+    handled = ("word", "examples", "top", "patching", "components")
+    facts = pairs(evidence, 200, skip=handled)
+    facts += [
+        (k, clean(shown(verdict[k]), 120))
+        for k in ("n", "passes", "seconds", "alpha", "e_fail", "dtype", "attention")
+        if isinstance(verdict.get(k), (int, float, str)) and (k, "") not in facts
+    ]
+    baseline = table(verdict.get("baseline"))
+    where = f"gate {gate.index}, checkpoint {clean(gate.checkpoint, 80)}"
+    if gate.update is not None:
+        where += f", update {label(gate.update)}"
+    status = words(baseline.get("status"))
+    return Failure(
+        title=clean(name, 120),
+        where=where,
+        claim=clean(words(verdict.get("claim")), cuts.limits.text),
+        lead=lead,
+        facts=facts[:24],
+        estimate=estimate_cell(verdict),
+        heat=_heat(evidence, cuts),
+        components=_components(evidence, cuts),
+        examples=_examples(evidence, word, cuts),
+        contenders=_contenders(evidence, cuts),
+        baseline=pairs(baseline, 200, skip=("status",))[:16],
+        baseline_badge=badge(status) if status else Markup(),
+        shards=_shards(record, attribution, cuts),
+        documents=_documents(attribution, word, cuts),
+        done=action_text(gate),
+        anchor=f"failure-{number}",
+    )
+
+
+def failures(record: RunRecord, cuts: Cuts) -> list[Failure]:
+    """Every failed or broken verdict in gate order, evidence attached."""
+    found = [(g, v) for g in record.gates for v in g.verdicts if words(v.get("status")) in ("fail", "error")]
+    some = cuts.first(found, cuts.limits.failures, "Failed verdicts")
+    return [_failure(record, gate, verdict, i, cuts) for i, (gate, verdict) in enumerate(some, start=1)]

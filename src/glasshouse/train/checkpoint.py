@@ -1,0 +1,215 @@
+"""Checkpoints: a folder of safetensors and JSON that is there whole or not at all, named by digests in the
+ledger.
+
+    checkpoints/<stage>-<step:06d>.<attempt>/
+        model.safetensors      fp32 parameters, a tied one once
+        config.json            GPTConfig
+        tokenizer.json         if the run has a tokenizer
+        optimizer.safetensors  `Optimizers.state_tensors`
+        state.json             stage, step, attempt, update, plan, seed, optimiser groups
+
+Order of a save: temporary folder, fsync, rename, fsync of the parent, *then* the ledger line. Order of a
+load: digests of all files against the ledger, then everything else. The bytes that were hashed are the bytes
+parsed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from glasshouse.base.atomic import atomic_dir, disk_errors, sweep_temporaries
+from glasshouse.base.canonical import canonical_json
+from glasshouse.base.config import parse
+from glasshouse.base.crash import crash_point
+from glasshouse.base.digest import digest_of, sha256_bytes, sha256_file
+from glasshouse.base.errors import CheckpointError
+from glasshouse.base.plan import DataPlan
+from glasshouse.base.run import RunFolder
+from glasshouse.model import GPT, GPTConfig
+from glasshouse.train.gate import Checkpoint
+from glasshouse.train.optim import Optimizers
+
+NAME = re.compile(r"^[a-z][a-z0-9_-]*-\d{6,}\.\d+$")
+
+
+def checkpoint_name(stage: str, step: int, attempt: int) -> str:
+    """``<stage>-<step:06d>.<attempt>``."""
+    return f"{stage}-{step:06d}.{attempt}"
+
+
+def weights(model: GPT) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, each shared one once, contiguous, detached, on the CPU."""
+    stored = dict(model.named_parameters())
+    persistent = model.state_dict(keep_vars=True)
+    stored |= {name: b for name, b in model.named_buffers() if name in persistent}  # type: ignore[misc]
+    return {name: t.detach().cpu().contiguous() for name, t in stored.items()}
+
+
+def write_checkpoint(
+    run: RunFolder,
+    name: str,
+    model: GPT,
+    optimizers: Optimizers | None,
+    tokenizer_file: Path | None,
+    state: Mapping[str, Any],
+) -> dict[str, str]:
+    """Write the folder (not the ledger) and return its artifacts: path within the run -> SHA-256.
+
+    Equal states give equal bytes, hence equal digests. Raises DiskError when the disk is full: nothing is
+    left behind then, and everything saved before is untouched.
+    """
+    final = run.checkpoints / name
+    with disk_errors(final), atomic_dir(final) as folder:
+        _write_tensors(folder / "model.safetensors", weights(model))
+        _write_tensors(folder / "optimizer.safetensors", optimizers.state_tensors() if optimizers else {})
+        (folder / "config.json").write_text(
+            json.dumps(model.config.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
+        )
+        if tokenizer_file is not None:
+            shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
+        groups = optimizers.scalars() if optimizers else []
+        (folder / "state.json").write_bytes(
+            canonical_json({**state, "optimizer": groups, "format": 1}) + b"\n"
+        )
+        artifacts = {f"checkpoints/{name}/{p.name}": sha256_file(p) for p in sorted(folder.iterdir())}
+        crash_point("checkpoint.before-rename")
+    crash_point("checkpoint.after-rename")
+    return artifacts
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    # Serialised in memory and written by us, so that a full disk shows as OSError and not as a Rust error.
+    with open(path, "wb") as file:
+        file.write(
+            safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+        )
+
+
+def digest_of_artifacts(artifacts: Mapping[str, str]) -> str:
+    """One digest for a checkpoint's exact bytes, independent of the run's and the checkpoint's name."""
+    return digest_of({Path(path).name: digest for path, digest in artifacts.items()})
+
+
+def from_ledger(run: RunFolder, body: Mapping[str, Any]) -> Checkpoint:
+    """The `Checkpoint` that a ledger entry of kind "checkpoint" describes."""
+    name = body["checkpoint"]
+    return Checkpoint(
+        name=name,
+        path=run.checkpoints / name,
+        stage=body["stage"],
+        stage_index=body["stage_index"],
+        step=body["step"],
+        attempt=body["attempt"],
+        update=body["update"],
+        plan=parse(DataPlan, dict(body["plan"]), f"ledger, checkpoint {name}, plan"),
+        digest=digest_of_artifacts(body["artifacts"]),
+        artifacts={Path(path).name: digest for path, digest in body["artifacts"].items()},
+    )
+
+
+def read_checked(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Read every file of the checkpoint, after checking *all* of them against the ledgered digests.
+
+    Raises CheckpointError naming the file, what was expected and found, and the remedy.
+    """
+    contents: dict[str, bytes] = {}
+    for name, expected in sorted(checkpoint.artifacts.items()):
+        path = checkpoint.path / name
+        try:
+            contents[name] = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({error.strerror}), but the ledger lists it: "
+                "restore it from a backup, or start a new run"
+            ) from error
+        found = sha256_bytes(contents[name])
+        if found != expected:
+            raise CheckpointError(
+                f"{path} was changed or truncated after it was saved: expected SHA-256 {expected[:16]}..., "
+                f"found {found[:16]}... ({len(contents[name])} bytes). Restore it from a backup, "
+                "or start a new run; nothing was loaded"
+            )
+    return contents
+
+
+def load_weights(checkpoint: Checkpoint, model: GPT | None = None) -> GPT:
+    """Read a checkpoint's model, digests checked first, into ``model`` or into a new one.
+
+    Raises CheckpointError when bytes, names, shapes or dtypes differ, or a weight is not finite.
+    """
+    return _weights_into(checkpoint, read_checked(checkpoint), model)
+
+
+def load_checkpoint(checkpoint: Checkpoint, model: GPT, optimizers: Optimizers | None) -> dict[str, Any]:
+    """Restore weights, and the optimisers if given, in place; return state.json. Raises CheckpointError."""
+    contents = read_checked(checkpoint)
+    _weights_into(checkpoint, contents, model)
+    state: dict[str, Any] = json.loads(contents["state.json"])
+    if optimizers is not None:
+        where = str(checkpoint.path / "optimizer.safetensors")
+        if state["optimizer"] != json.loads(canonical_json(optimizers.scalars())):
+            raise CheckpointError(
+                f"{checkpoint.path / 'state.json'}: written with other optimiser groups; "
+                "resume with the recipe that wrote it"
+            )
+        optimizers.load(_tensors(contents["optimizer.safetensors"], where), where)
+    return state
+
+
+def _weights_into(checkpoint: Checkpoint, contents: Mapping[str, bytes], model: GPT | None) -> GPT:
+    where = checkpoint.path / "model.safetensors"
+    config = parse(GPTConfig, json.loads(contents["config.json"]), str(checkpoint.path / "config.json"))
+    if model is None:
+        model = GPT(config)
+    elif model.config != config:
+        raise CheckpointError(
+            f"{checkpoint.path / 'config.json'}: another model than the recipe's; resume with that recipe"
+        )
+    found, expected = _tensors(contents["model.safetensors"], str(where)), weights(model)
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found or name not in expected:
+            raise CheckpointError(
+                f"{where}: weight '{name}' is {'missing' if name in expected else 'unknown'}"
+            )
+        want, got = expected[name], found[name]
+        if want.shape != got.shape or want.dtype != got.dtype:
+            raise CheckpointError(
+                f"{where}: weight '{name}' is {got.dtype} {list(got.shape)}, "
+                f"expected {want.dtype} {list(want.shape)}"
+            )
+        if not torch.isfinite(got).all():
+            raise CheckpointError(f"{where}: weight '{name}' has values that are not finite")
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name in found:
+                tensor.copy_(found[name])
+    return model
+
+
+def _tensors(data: bytes, where: str) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{where} is not a safetensors file: {error}") from error
+
+
+def sweep(run: RunFolder, ledgered: Mapping[str, Any]) -> list[str]:
+    """Remove what a killed process left in ``checkpoints/``: temporaries, and whole folders that never
+    reached the ledger (only those named as the loop names them). Return the names.
+    """
+    swept = [path.name for path in sweep_temporaries(run.checkpoints)]
+    for path in sorted(run.checkpoints.glob("*")):
+        if path.is_dir() and NAME.match(path.name) and path.name not in ledgered:
+            shutil.rmtree(path)
+            swept.append(path.name)
+    return swept

@@ -1,0 +1,378 @@
+"""One loop for any objective: steps, checkpoints, gates, rollbacks, and resuming after anything.
+
+`run_stages` asks `position` where the ledger says the run stands and does the next thing, until the run is
+finished. It keeps no state that is not in a checkpoint or the ledger, so a killed run continues bit for bit:
+a batch is a function of (step, plan), the rate of the step, and nothing is random after initialisation.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glasshouse.base.crash import crash_point
+from glasshouse.base.errors import CheckpointError, Interrupted, Stopped, TrainingError, UsageError
+from glasshouse.base.ledger import Ledger
+from glasshouse.base.plan import DataPlan
+from glasshouse.base.run import RunFolder
+from glasshouse.model import GPT
+from glasshouse.train import checkpoint as saving
+from glasshouse.train.config import Stage
+from glasshouse.train.decisions import decision_body, history
+from glasshouse.train.fold import Position, position
+from glasshouse.train.gate import Checkpoint, Gate, ask
+from glasshouse.train.metrics import MetricsLog
+from glasshouse.train.objective import OBJECTIVES, Loss, Objective, autocast, bits_per_byte, tensors
+from glasshouse.train.optim import Optimizers
+from glasshouse.train.progress import Progress
+from glasshouse.train.schedule import warmup_stable_decay
+from glasshouse.train.signals import Signals
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run, as opposed to what: part of the run's identity, see `identity`."""
+
+    dtype: str = "fp32"  # "fp32" | "bf16": matrix products of forward and backward
+    muon_dtype: str = "fp32"  # "fp32" | "bf16": Muon's orthogonalisation
+    threads: int = 1
+    max_rollbacks: int = 3  # this many rollback decisions stop the run for a person
+    resume_command: str = "the same command with --resume"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. ``promoted`` is False when the final gate held the checkpoint or none was given."""
+
+    promoted: bool
+    checkpoint: Checkpoint
+    reason: str
+    rollbacks: int
+    gates: int
+    seconds: float
+
+
+def run_stages(
+    model: Callable[[], GPT],
+    stages: Sequence[Stage],
+    *,
+    run: RunFolder,
+    ledger: Ledger,
+    gate: Gate | None = None,
+    seed: int = 0,
+    settings: Settings | None = None,
+    tokenizer_file: Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    objectives: dict[str, Objective] | None = None,
+) -> Outcome:
+    """Train through ``stages`` in order, from wherever the ledger says the run is; return how it ended.
+
+    ``model()`` builds the initial model, the same one on every call (`GPT(config).init_weights(seed)`). The
+    caller holds ``run.lock()`` and has written or checked the ledger's "run" entry (`identity.enter_run`).
+    Raises Stopped (the gate, or too many rollbacks, ask for a person), Interrupted (Ctrl-C; a checkpoint was
+    saved), TrainingError (loss or gradient not finite), CheckpointError, DiskError, and
+    UsageError if the run has checkpoints already and ``resume`` is not set. Whatever is raised, the run can
+    be resumed from its last checkpoint.
+    """
+    settings = settings or Settings()
+    if not stages or len({stage.name for stage in stages}) != len(stages):
+        raise UsageError("a run needs at least one stage, and every stage a name of its own")
+    if not resume and position(ledger.entries()).phase != "new":
+        raise UsageError(f"{run.path} holds a run already: add --resume to go on, or name another run folder")
+    torch.set_num_threads(settings.threads)
+    with Signals() as signals:
+        running = _Run(model(), tuple(stages), run.create(), ledger, gate, seed, settings, signals)
+        running.tokenizer_file, running.progress = tokenizer_file, progress or Progress()
+        running.objectives = {**OBJECTIVES, **(objectives or {})}
+        try:
+            return running.to_the_end()
+        except KeyboardInterrupt:
+            raise running.interrupted() from None
+        finally:
+            running.close()
+
+
+@dataclass
+class _Run:
+    """The working parts. Nothing here outlives the process; what must is in checkpoints and ledger."""
+
+    model: GPT
+    stages: tuple[Stage, ...]
+    run: RunFolder
+    ledger: Ledger
+    gate: Gate | None
+    seed: int
+    settings: Settings
+    signals: Signals
+    tokenizer_file: Path | None = None
+    progress: Progress = field(default_factory=Progress)
+    objectives: dict[str, Objective] = field(default_factory=dict)
+    optimizers: Optimizers | None = None
+    live: str | None = None  # the checkpoint whose state model and optimizers hold; None: not loaded yet
+
+    def __post_init__(self) -> None:
+        at = position(self.ledger.entries())
+        saving.sweep(self.run, at.marks)
+        self.metrics = MetricsLog(self.run.metrics, at.metrics_bytes)
+        self.began = time.perf_counter() - at.elapsed_s  # the clock stands still while no process runs
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.progress.close()
+
+    def elapsed(self) -> float:
+        return round(time.perf_counter() - self.began, 3)
+
+    def interrupted(self) -> Interrupted:
+        at = position(self.ledger.entries())
+        where = f"; everything up to {at.head} is saved" if at.head else ""
+        return Interrupted(f"interrupted{where}. Go on with: {self.settings.resume_command}")
+
+    def to_the_end(self) -> Outcome:
+        """Do the next thing that the ledger asks for, until it asks for nothing."""
+        while True:
+            at = position(self.ledger.entries())
+            if self.signals.asked:
+                raise self.interrupted()
+            match at.phase:
+                case "new":
+                    self.save(at, 0, 0, at.update, why="start")
+                case "train":
+                    self.train(at)
+                case "gate":
+                    self.judge(at)
+                case "stopped":
+                    raise self.stopped(at)
+                case "decided":
+                    self.ledger.append(
+                        "finish", {"checkpoint": at.head, "promoted": at.promoted, "reason": at.reason}
+                    )
+                    crash_point("finish.after-ledger")
+                case "finished":
+                    checkpoint = saving.from_ledger(self.run, at.at_head.body)
+                    return Outcome(at.promoted, checkpoint, at.reason, at.rollbacks, at.gates, at.elapsed_s)
+
+    # -- training ------------------------------------------------------------------------------------------
+
+    def train(self, at: Position) -> None:
+        """Train from the head to the next checkpoint that is due (or to a Ctrl-C) and save it."""
+        index, step = self.place(at)
+        stage = self.stages[index]
+        config, objective = stage.config, self.objectives[stage.config.objective]
+        plan = at.plan_for(index, stage.plan)
+        optimizers = self.ready(at, index, step)
+        first, until = step, self.next_save(index, step)
+        self.progress.stage(index, len(self.stages), config, step)
+        started, since, tokens = time.perf_counter(), step, 0.0
+        while step < until and not self.signals.asked:
+            crash_point("step")
+            factor = warmup_stable_decay(
+                step,
+                config.steps,
+                warmup_share=config.warmup_share,
+                decay_share=config.decay_share,
+                final_share=config.final_lr_share,
+            )
+            loss, norm = self.update(stage, objective, step, plan, optimizers, factor)
+            step, tokens = step + 1, tokens + loss.metrics.get("tokens", 0.0)
+            if step % config.log_every == 0 or step == config.steps:
+                spent, started = time.perf_counter() - started, time.perf_counter()
+                row = self.row(at, "train", index, step, at.update + step - first)
+                speed = {"tokens_per_s": round(tokens / spent, 1), "seconds_per_step": spent / (step - since)}
+                self.log(row | _train_numbers(loss, norm, optimizers.groups[0].lr * factor) | speed)
+                since, tokens = step, 0.0
+            if step == config.steps or (config.val_every and step % config.val_every == 0):
+                paused = time.perf_counter()
+                self.validate(stage, self.row(at, "val", index, step, at.update + step - first))
+                started += time.perf_counter() - paused
+        if step > first:
+            self.save(at, index, step, at.update + step - first, "step" if step == until else "interrupt")
+
+    def update(
+        self,
+        stage: Stage,
+        objective: Objective,
+        step: int,
+        plan: DataPlan,
+        optimizers: Optimizers,
+        factor: float,
+    ) -> tuple[Loss, float]:
+        """One step: batch, loss, gradient, update. Returns the loss and the gradient norm before clipping.
+
+        Raises TrainingError before anything is changed if either is not finite.
+        """
+        batch = stage.batches(step, plan)
+        with autocast(self.settings.dtype):
+            loss = objective(self.model, tensors(batch))
+        value = float(loss.total.detach())
+        optimizers.zero_grad()
+        if math.isfinite(value):
+            loss.total.backward()  # type: ignore[no-untyped-call]
+        norm = optimizers.clip() if math.isfinite(value) else math.nan
+        if not math.isfinite(norm):
+            what = f"loss is {value}" if not math.isfinite(value) else f"gradient norm is {norm}"
+            raise TrainingError(
+                f"stage '{stage.name}', step {step}: the {what} on a batch from {', '.join(batch.shards)}. "
+                f"The update was not applied; the last good checkpoint is {self.live}. Look at those shards, "
+                f"or start a new run with lower muon_lr, adam_lr or clip_norm in stage '{stage.name}'"
+            )
+        optimizers.step(factor)
+        return loss, norm
+
+    def place(self, at: Position) -> tuple[int, int]:
+        """Stage index and step from which to train: the end of one stage is the start of the next."""
+        head = at.at_head
+        if head.stage_index >= len(self.stages) or head.stage != self.stages[head.stage_index].name:
+            raise UsageError(
+                f"the run's stage '{head.stage}' is not in these stages; resume with its own recipe"
+            )
+        if head.step == self.stages[head.stage_index].config.steps:
+            return head.stage_index + 1, 0
+        return head.stage_index, head.step
+
+    def ready(self, at: Position, index: int, step: int) -> Optimizers:
+        """Bring model and optimisers to the head's state, unless they hold it. New stage, new optimisers."""
+        resumed, rolled_back = self.live is None, self.live not in (None, at.head)
+        if step == 0 or self.optimizers is None or self.live != at.head:
+            self.optimizers = Optimizers(self.model, self.stages[index].config, self.settings.muon_dtype)
+        assert self.optimizers is not None
+        if resumed or rolled_back:
+            kind = "rollback" if rolled_back else "resume"
+            crash_point(f"{kind}.before-load")
+            head = saving.from_ledger(self.run, at.at_head.body)
+            self.check_plan(at, head)
+            saving.load_checkpoint(head, self.model, self.optimizers if step > 0 else None)
+            self.live = at.head
+            crash_point(f"{kind}.after-load")
+        self.model.train()
+        return self.optimizers
+
+    def check_plan(self, at: Position, head: Checkpoint) -> None:
+        """The batches of a resumed run must be those that the ledger promised. A rolled-back head's plan
+        may only have lost shards since, so it is compared by the shards' digests.
+        """
+        now = self.stages[head.stage_index].plan
+        if dict(head.plan.digests) != dict(now.digests):
+            raise CheckpointError(
+                f"{head.path}: written with other data shards than stage '{head.stage}' has now; "
+                "restore the run's data folder, or start a new run"
+            )
+
+    def next_save(self, index: int, step: int) -> int:
+        """The next step after ``step`` at which a checkpoint is due."""
+        config = self.stages[index].config
+        every = [n for n in (config.gate_every if self.gate else 0, config.save_every) if n]
+        return min([config.steps, *(step - step % n + n for n in every)])
+
+    def validate(self, stage: Stage, row: dict[str, Any]) -> None:
+        if stage.validate is None:
+            return
+        self.model.eval()
+        with torch.no_grad(), autocast(self.settings.dtype):
+            found = stage.validate(self.model)
+        self.model.train()
+        for numbers in [found] if isinstance(found, dict) else found:
+            self.log(row | numbers)
+
+    # -- saving and judging --------------------------------------------------------------------------------
+
+    def save(self, at: Position, index: int, step: int, update: int, why: str) -> None:
+        """Save a checkpoint, then ledger it; decide here whether a gate is due at it."""
+        stage = self.stages[index]
+        name = saving.checkpoint_name(stage.name, step, at.attempt)
+        ends = step == stage.config.steps
+        last = ends and index == len(self.stages) - 1
+        every = stage.config.gate_every
+        due = self.gate is not None and step > 0 and (last or (every > 0 and (ends or step % every == 0)))
+        place = {
+            "stage": stage.name,
+            "stage_index": index,
+            "step": step,
+            "attempt": at.attempt,
+            "update": update,
+        }
+        plan = at.plan_for(index, stage.plan).model_dump(mode="json")
+        artifacts = saving.write_checkpoint(
+            self.run,
+            name,
+            self.model,
+            self.optimizers,
+            self.tokenizer_file,
+            {**place, "plan": plan, "seed": self.seed},
+        )
+        body = {
+            **place,
+            "checkpoint": name,
+            "parent": at.head,
+            "why": "end" if ends else "gate" if due else why,
+            "gate": at.gates if due else None,
+            "last": last,
+            "plan": plan,
+            "digest": saving.digest_of_artifacts(artifacts),
+            "metrics_bytes": self.metrics.sync(),
+            "elapsed_s": self.elapsed(),
+            "artifacts": artifacts,
+        }
+        self.ledger.append("checkpoint", body)
+        self.live = name
+        self.progress.note(f"saved {name}")
+        crash_point("checkpoint.after-ledger")
+
+    def judge(self, at: Position) -> None:
+        """Ask the gate about the head and ledger what it decided; `position` does the rest."""
+        if self.gate is None:
+            raise UsageError(
+                f"a gate is due at {at.head}, but none was given; resume with the run's own constraints"
+            )
+        mark, checkpoint = at.at_head, saving.from_ledger(self.run, at.at_head.body)
+        shards = {shard for stage in self.stages for shard in stage.plan.shards}
+        self.progress.gate(mark.name, at.gates)
+        crash_point("gate.before")
+        started = time.perf_counter()
+        with self.signals.leaving_at_once():
+            decision = ask(self.gate, checkpoint, history(self.run, at), mark.last, shards)
+        # A gate may have changed it, and the run's bits depend on it.
+        torch.set_num_threads(self.settings.threads)
+        seconds = round(time.perf_counter() - started, 3)
+        crash_point("gate.after")
+        body = decision_body(at, decision, self.stages, self.settings.max_rollbacks)
+        row = self.row(at, "gate", mark.stage_index, mark.step, at.update)
+        said = {"gate": at.gates, "checkpoint": mark.name, "seconds": seconds, "decision": body["action"]}
+        self.log(row | said | {"reason": body["reason"]})
+        recorded = {"seconds": seconds, "metrics_bytes": self.metrics.sync(), "elapsed_s": self.elapsed()}
+        crash_point("decision.before-ledger")
+        self.ledger.append("decision", body | recorded)
+        crash_point("decision.after-ledger")
+
+    def stopped(self, at: Position) -> Stopped:
+        if self.ledger.entries()[-1]["kind"] != "stop":
+            self.ledger.append("stop", {"checkpoint": at.head, "reason": at.reason})
+        return Stopped(
+            f"the run stopped at {at.head} and waits for a person: {at.reason}. Read the report; then start "
+            "a new run, or go on with an explicit override, which is recorded in the ledger"
+        )
+
+    # -- rows ----------------------------------------------------------------------------------------------
+
+    def row(self, at: Position, kind: str, index: int, step: int, update: int) -> dict[str, Any]:
+        place = {"stage": self.stages[index].name, "step": step, "attempt": at.attempt, "kind": kind}
+        return {"t": self.elapsed(), "update": update, **place}
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.metrics.append(row)
+        self.progress.row(row)
+
+
+def _train_numbers(loss: Loss, norm: float, lr: float) -> dict[str, Any]:
+    bpb = bits_per_byte(loss.metrics.get("nats", math.nan), loss.metrics.get("n_bytes", 0))
+    numbers = {"loss": float(loss.total.detach()), "bpb": bpb, "lr": lr, "grad_norm": norm}
+    if len(loss.parts) > 1:
+        numbers |= {f"loss/{name}": float(value.detach()) for name, value in loss.parts.items()}
+    return numbers

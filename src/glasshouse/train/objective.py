@@ -1,0 +1,144 @@
+"""Objectives: functions from a model and a batch to a loss. The loop is the same for all of them.
+
+Shape legend: B batch, T position, D d_model, V vocabulary, M targets with weight > 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glasshouse.base.batch import Batch
+from glasshouse.base.errors import DataError
+from glasshouse.model import GPT
+
+# Logits of this many targets are formed at once, in fp32: 4096 x 32k words are half a gigabyte.
+TARGETS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Loss:
+    """``total`` is what is minimised (a scalar with a graph); ``parts`` add up to it; ``metrics`` are for
+    the log.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TensorBatch:
+    """A `Batch` as tensors: tokens and targets int64 [B, T], weight float32 [B, T]."""
+
+    tokens: Tensor
+    targets: Tensor
+    weight: Tensor
+    n_bytes: int
+    shards: tuple[str, ...] = ()
+
+
+Objective = Callable[[GPT, TensorBatch], Loss]
+
+
+def tensors(batch: Batch) -> TensorBatch:
+    """Wrap a batch of numpy arrays as tensors; a read-only (memory-mapped) array is copied."""
+    arrays = (batch.tokens, batch.targets, batch.weight)
+    tokens, targets, weight = (torch.from_numpy(a if a.flags.writeable else a.copy()) for a in arrays)
+    return TensorBatch(tokens.long(), targets.long(), weight.float(), batch.n_bytes, batch.shards)
+
+
+def next_token(model: GPT, batch: TensorBatch) -> Loss:
+    """Mean cross-entropy in nats per weighted target; weight 0 masks padding."""
+    return _cross_entropy(model, batch, part="lm")
+
+
+def sft(model: GPT, batch: TensorBatch) -> Loss:
+    """`next_token` where the weights select what the assistant wrote: the user's words are read, not
+    learned.
+    """
+    return _cross_entropy(model, batch, part="sft")
+
+
+OBJECTIVES: dict[str, Objective] = {"next_token": next_token, "sft": sft}
+
+
+def _cross_entropy(model: GPT, batch: TensorBatch, part: str) -> Loss:
+    """Weighted mean over the M targets that count; only their logits are formed. Softmax in fp32.
+
+    Raises DataError when no target has weight: a mean of nothing would be NaN, far from its cause.
+    """
+    weight = batch.weight.flatten()
+    chosen_M = weight.nonzero().squeeze(1)
+    if chosen_M.numel() == 0:
+        raise DataError(
+            f"a batch from {', '.join(batch.shards) or 'unnamed shards'} has no target to learn from: "
+            "every weight is 0; check that its documents contain answers"
+        )
+    weight_M, targets_M = weight[chosen_M], batch.targets.flatten()[chosen_M]
+    hidden_MD = model.hidden(batch.tokens).flatten(0, 1)
+    if chosen_M.numel() < weight.numel():
+        hidden_MD = hidden_MD.index_select(0, chosen_M)
+    nats = hidden_MD.new_zeros((), dtype=torch.float32)
+    pieces = (x.split(TARGETS_AT_ONCE) for x in (hidden_MD, targets_M, weight_M))
+    for hidden, target, w in zip(*pieces, strict=True):
+        logits_MV = model.unembed(hidden).float()
+        nats = nats + (F.cross_entropy(logits_MV, target, reduction="none") * w).sum()
+    mean = nats / weight_M.sum()
+    return Loss(total=mean, parts={part: mean}, metrics=_metrics(nats, weight_M, batch))
+
+
+def _metrics(nats: Tensor, weight_M: Tensor, batch: TensorBatch) -> dict[str, float]:
+    sums = {"nats": float(nats.detach()), "targets": float(weight_M.sum())}
+    return {**sums, "n_bytes": float(batch.n_bytes), "tokens": float(batch.tokens.numel())}
+
+
+def bits_per_byte(nats: float, n_bytes: float) -> float | None:
+    """Bits per UTF-8 byte: comparable across tokenizers, unlike loss per token. None when nothing was
+    predicted.
+    """
+    return nats / math.log(2) / n_bytes if n_bytes > 0 else None
+
+
+def evaluate(
+    model: GPT, batches: Iterable[Batch], objective: Objective = next_token, dtype: str = "fp32"
+) -> dict[str, float | int | None]:
+    """Return {"loss" nats per target, "bpb", "targets", "n_bytes"} over all of ``batches``, without
+    gradients.
+
+    Sums first, divides once: unequal batches do not bias the mean. Raises DataError if there is no batch.
+    """
+    nats = targets = n_bytes = 0.0
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), autocast(dtype):
+            for batch in batches:
+                metrics = objective(model, tensors(batch)).metrics
+                nats, targets = nats + metrics["nats"], targets + metrics["targets"]
+                n_bytes += metrics["n_bytes"]
+    finally:
+        model.train(was_training)
+    if targets == 0:
+        raise DataError("nothing to validate on: the validation set has no batch; give it more documents")
+    return {
+        "loss": nats / targets,
+        "bpb": bits_per_byte(nats, n_bytes),
+        "targets": int(targets),
+        "n_bytes": int(n_bytes),
+    }
+
+
+def autocast(dtype: str) -> contextlib.AbstractContextManager[None]:
+    """Context in which matrix products run in ``dtype`` ("fp32" or "bf16"); weights stay fp32."""
+    if dtype == "fp32":
+        return contextlib.nullcontext()
+    if dtype == "bf16":
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+    raise ValueError(f"unknown dtype {dtype!r}: expected 'fp32' or 'bf16'")

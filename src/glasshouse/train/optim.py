@@ -1,0 +1,210 @@
+"""Optimisers: Muon for hidden matrices, AdamW for the rest, with the parameter groups in plain sight.
+
+| group            | optimiser       | rate    | decay | why                                             |
+|------------------|-----------------|---------|-------|-------------------------------------------------|
+| hidden matrices  | Muon (or AdamW) | muon_lr | yes   | they map activations to activations: Muon's case|
+| embeddings       | AdamW           | adam_lr | no    | rows of rare tokens would decay without updates |
+| head (if untied) | AdamW           | adam_lr | yes   | a matrix, but its output is a distribution      |
+| norms and biases | AdamW           | adam_lr | no    | decay would pull a norm's gain to zero          |
+
+State goes to flat tensors (safetensors), never through pickle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glasshouse.base.errors import CheckpointError
+from glasshouse.train.config import StageConfig
+
+# Keller Jordan's quintic: steepest at zero, ends with singular values in about [0.7, 1.2].
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share an optimiser, a peak learning rate and a weight decay."""
+
+    name: str
+    optimizer: str  # "muon" | "adamw"
+    lr: float
+    weight_decay: float
+    parameters: tuple[tuple[str, nn.Parameter], ...]
+
+
+def parameter_groups(model: nn.Module, config: StageConfig) -> list[Group]:
+    """Every trainable parameter of ``model`` in exactly one group (see the table above); empty groups left
+    out.
+
+    A shared (tied) parameter is listed once, under its first name.
+    """
+    embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    members: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if p in embeddings:
+            group = "embeddings"
+        elif p.ndim < 2:
+            group = "norms and biases"
+        elif p.ndim == 2 and name.startswith("blocks."):
+            group = "hidden matrices"
+        else:
+            group = "head"
+        members.setdefault(group, []).append((name, p))
+    hidden_lr = config.muon_lr if config.optimizer == "muon" else config.adam_lr
+    layout = [
+        ("hidden matrices", config.optimizer, hidden_lr, config.weight_decay),
+        ("embeddings", "adamw", config.adam_lr, 0.0),
+        ("head", "adamw", config.adam_lr, config.weight_decay),
+        ("norms and biases", "adamw", config.adam_lr, 0.0),
+    ]
+    return [
+        Group(name, kind, lr, wd, tuple(members[name])) for name, kind, lr, wd in layout if name in members
+    ]
+
+
+def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Replace each matrix [n, rows, cols] by (nearly) the nearest semi-orthogonal one, by Newton-Schulz.
+
+    Singular values end in about [0.7, 1.2] and the singular vectors stay (Jordan et al. 2024).
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = matrices.size(-2) > matrices.size(-1)
+    x = (matrices.mT if tall else matrices).to(dtype)
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # spectral norm at most 1
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024), update for update that of `torch.optim.Muon`, with two differences.
+
+    Matrices of one shape are orthogonalised together (one batched product instead of many small ones), and
+    the iteration's dtype can be chosen: torch's is bfloat16 always, which on a CPU without bf16 instructions
+    costs seconds a step, where fp32 costs a tenth of one.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
+        super().__init__(list(params), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for shape, parameters in by_shape.items():
+                steps = orthogonalise(
+                    torch.stack([self._nesterov(p, group["momentum"]) for p in parameters]), self.dtype
+                )
+                # A tall matrix is stretched so that its update is as large as a square one's (Jordan et al.).
+                rate = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+                for p, step in zip(parameters, steps.float(), strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-rate)
+
+    def _nesterov(self, p: nn.Parameter, momentum: float) -> Tensor:
+        assert p.grad is not None
+        if "momentum_buffer" not in self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+        buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(buffer, momentum)
+
+
+class Optimizers:
+    """The optimisers of one stage, stepped together."""
+
+    def __init__(self, model: nn.Module, config: StageConfig, muon_dtype: str = "fp32"):
+        self.groups = parameter_groups(model, config)
+        self.clip_norm = config.clip_norm
+        self._named = {name: p for group in self.groups for name, p in group.parameters}
+        self._inner: list[torch.optim.Optimizer] = []
+        for group in self.groups:
+            parameters = [p for _, p in group.parameters]
+            if group.optimizer == "muon":
+                dtype = torch.bfloat16 if muon_dtype == "bf16" else torch.float32
+                self._inner.append(
+                    Muon(parameters, group.lr, group.weight_decay, config.muon_momentum, dtype)
+                )
+            else:
+                betas = (config.adam_beta1, config.adam_beta2)
+                self._inner.append(
+                    torch.optim.AdamW(
+                        parameters, group.lr, betas, config.adam_eps, group.weight_decay, fused=True
+                    )
+                )
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for p in self._named.values():
+            p.grad = None
+
+    def clip(self) -> float:
+        """Scale gradients to global norm ``clip_norm`` at most; return the norm before that (may be inf or
+        NaN).
+        """
+        limit = self.clip_norm if self.clip_norm is not None else float("inf")
+        return float(nn.utils.clip_grad_norm_(self._named.values(), limit))
+
+    def step(self, lr_factor: float) -> None:
+        """Update all parameters with every group's peak rate times ``lr_factor``."""
+        for group, inner in zip(self.groups, self._inner, strict=True):
+            inner.param_groups[0]["lr"] = group.lr * lr_factor
+            inner.step()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The state as flat tensors named ``<parameter>/<what>``; empty before the first step."""
+        state: dict[str, Tensor] = {}
+        for group, inner in zip(self.groups, self._inner, strict=True):
+            for name, p in group.parameters:
+                state |= {f"{name}/{what}": value for what, value in inner.state[p].items()}
+        return state
+
+    def scalars(self) -> list[dict[str, Any]]:
+        """What each group was made with, as JSON, for checking on load."""
+        return [
+            {"name": g.name, "optimizer": g.optimizer, "lr": g.lr, "weight_decay": g.weight_decay,
+             "parameters": [name for name, _ in g.parameters]}
+            for g in self.groups
+        ]  # fmt: skip
+
+    def load(self, tensors: dict[str, Tensor], where: str) -> None:
+        """Restore `state_tensors`. Raises CheckpointError if names or shapes are not this model's."""
+        left = dict(tensors)
+        for group, inner in zip(self.groups, self._inner, strict=True):
+            for name, p in group.parameters:
+                kinds = (
+                    ("momentum_buffer",) if group.optimizer == "muon" else ("step", "exp_avg", "exp_avg_sq")
+                )
+                for what in kinds:
+                    value = left.pop(f"{name}/{what}", None)
+                    if value is None or value.shape != (torch.Size() if what == "step" else p.shape):
+                        found = "missing" if value is None else f"of shape {tuple(value.shape)}"
+                        raise CheckpointError(
+                            f"{where}: optimiser state '{name}/{what}' is {found}; it belongs to another "
+                            "model or recipe; resume with the recipe that wrote it"
+                        )
+                    inner.state[p][what] = value.clone()
+        if left:
+            raise CheckpointError(
+                f"{where}: optimiser state for unknown parameter '{min(left)}'; "
+                "resume with the recipe that wrote it"
+            )

@@ -1,0 +1,344 @@
+"""The gate: runs due constraints on a saved checkpoint, decides, and leaves the evidence in files."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glasshouse.base.atomic import write_json
+from glasshouse.base.config import Frozen
+from glasshouse.base.digest import sha256_file
+from glasshouse.base.errors import GlasshouseError, Interrupted, VerificationError
+from glasshouse.base.run import RunFolder
+from glasshouse.data import Shards
+from glasshouse.evals.subject import Subject, refusal_readout
+from glasshouse.model import GPT
+from glasshouse.model.hf import load_hf, save_hf
+from glasshouse.tokenizer import Tokenizer
+from glasshouse.train import Checkpoint, Decision, GateRecord, load_weights
+from glasshouse.verify.behaviour import grid_hole, written
+from glasshouse.verify.circuit import ablation_effect
+from glasshouse.verify.examination import Examination, Finding, settle
+from glasshouse.verify.representation import probe_auroc
+from glasshouse.verify.rollback import rollback_target
+from glasshouse.verify.schema import Constraint
+from glasshouse.verify.suppression import suppression
+from glasshouse.verify.trace import to_quarantine, trace
+
+log = logging.getLogger(__name__)
+CHECKS: dict[str, Callable[[Examination], Finding]] = {
+    "compliance_rate": written,
+    "refusal_rate": written,
+    "accuracy": written,
+    "grid_hole": grid_hole,
+    "probe_auroc": probe_auroc,
+    "ablation_effect": ablation_effect,
+    "suppression": suppression,
+}
+LADDER = ("log", "warn", "hold", "rollback", "stop")
+
+
+class GateConfig(Frozen):
+    """How often the gate decides and how far it may go."""
+
+    planned: int = 20  # gates over which a constraint's error level for a wrong fail is divided
+    attempts: int = 4  # promotion attempts over which that for a wrong pass is divided
+    quarantine_at_most: int = 1  # shards one rollback may drop
+    max_rollbacks: int = 3  # this many stop the run for a person
+
+
+@dataclass
+class ConstraintGate:
+    """Implements ``train.Gate``. Everything it uses is fixed before training: recipe, constraints, words."""
+
+    constraints: tuple[Constraint, ...]
+    config: GateConfig
+    run: RunFolder
+    tokenizer: Tokenizer
+    shards: Shards
+    stages: tuple[str, ...]
+    recipe_digest: str
+    words: tuple[str, ...]
+    strays: tuple[str, ...]
+
+    def __call__(self, checkpoint: Checkpoint, history: tuple[GateRecord, ...], final: bool) -> Decision:
+        """Judge a checkpoint; at the last gate, judge its reloaded export and promote it or not."""
+        started = time.perf_counter()
+        index = sum(record.gate is not None for record in history)
+        export = self.export(checkpoint) if final else None
+        model = load_hf(export) if export is not None else load_weights(checkpoint)
+        verdicts = self.examine(model, checkpoint, history, index, final)
+        decision = self.decide(model, checkpoint, history, verdicts, index, final)
+        if export is not None:
+            self.settle_export(export, decision)
+        return self.record(checkpoint, index, decision, verdicts, time.perf_counter() - started)
+
+    # -- checking ------------------------------------------------------------------------------------------
+
+    def examine(
+        self, model: GPT, checkpoint: Checkpoint, history: Sequence[GateRecord], index: int, final: bool
+    ) -> list[dict[str, Any]]:
+        """Verdicts of all due constraints, behaviours first: others may only apply when those hold."""
+        due = [c for c in self.constraints if final or (c.every and index % c.every == 0)]
+        measured: dict[str, float | None] = {}
+        verdicts = []
+        for constraint in sorted(due, key=lambda c: c.kind != "behaviour" or c.applies_when is not None):
+            exam = Examination(
+                self.subject(model.eval()),
+                constraint,
+                (self.recipe_digest, constraint.digest(), checkpoint.digest, str(index)),
+                final,
+                constraint.alpha / self.config.planned,
+                constraint.alpha / self.config.attempts,
+                self.words,
+                open_suspects(constraint.id, history),
+            )
+            verdict = check(exam, measured, checkpoint.digest)
+            measured[constraint.id] = verdict["estimate"]
+            verdicts.append(verdict)
+        return verdicts
+
+    def subject(self, model: GPT) -> Subject:
+        """A model ready to be asked, its passes counted from nought."""
+        return Subject(model, self.tokenizer, refusal_readout(self.tokenizer), self.strays)
+
+    # -- deciding ------------------------------------------------------------------------------------------
+
+    def decide(
+        self,
+        model: GPT,
+        checkpoint: Checkpoint,
+        history: tuple[GateRecord, ...],
+        verdicts: Sequence[dict[str, Any]],
+        index: int,
+        final: bool,
+    ) -> Decision:
+        """The strongest action any verdict asks for; promotion only when nothing stands against it."""
+        asked = [(self.action(v, checkpoint, final), v) for v in verdicts]
+        action = max((a for a, _ in asked), key=LADDER.index, default="log")
+        named = [v for a, v in asked if a == action and a in ("hold", "rollback", "stop")]
+        reason = "; ".join(f"{v['constraint']} {v['status']}: {v['reason'] or summary(v)}" for v in named)
+        if action == "rollback":
+            return self.roll_back(model, checkpoint, history, named, reason, index)
+        if action in ("hold", "stop"):
+            return Decision(action, reason)  # type: ignore[arg-type]
+        if final:
+            return Decision("promote", "every required constraint passes on the reloaded export")
+        return Decision("continue", "no constraint fails")
+
+    def action(self, verdict: dict[str, Any], checkpoint: Checkpoint, final: bool) -> str:
+        """What one verdict asks for."""
+        constraint = next(c for c in self.constraints if c.id == verdict["constraint"])
+        advisory = constraint.on_fail in ("log", "warn")
+        match verdict["status"]:
+            case "pass":
+                return "log"
+            case "fail":
+                return constraint.on_fail
+            case "error":
+                return "log" if advisory else "hold"
+            case "undecided":
+                return "log" if advisory else "hold" if final else constraint.on_undecided
+        required = constraint.required_from is not None and self.stages.index(
+            checkpoint.stage
+        ) >= self.stages.index(constraint.required_from)
+        return "hold" if (required or final) and not advisory else "log"
+
+    def roll_back(
+        self,
+        model: GPT,
+        checkpoint: Checkpoint,
+        history: tuple[GateRecord, ...],
+        named: Sequence[dict[str, Any]],
+        reason: str,
+        index: int,
+    ) -> Decision:
+        """Find the data behind the first failure that shows prompts, and where to go back to."""
+        shown = next((v for v in named if v["evidence"].get("failing_prompts")), None)
+        if shown is None:
+            return Decision("stop", f"{reason}; the failure shows no prompts to trace, so a person must look")
+        before = last_sound(history)
+        models = [model] if before is None else [model, load_weights(before).eval()]
+        ranking = trace(
+            [self.subject(m) for m in models],
+            self.shards,
+            checkpoint.plan,
+            checkpoint.step,
+            shown["evidence"]["failing_prompts"],
+            shown["evidence"].get("reference_prompts", []),
+            (self.recipe_digest, checkpoint.digest, str(index)),
+        )
+        dropped = to_quarantine(ranking, self.config.quarantine_at_most)
+        for row in ranking["shards"]:
+            row["quarantined"] = row["shard"] in dropped
+        file = self.run.evals / f"attribution-{index:03d}.json"
+        write_json(
+            file, {"gate": index, "checkpoint": checkpoint.name, "constraint": shown["constraint"], **ranking}
+        )
+        target = rollback_target(history, checkpoint, dropped)
+        if target is None:
+            return Decision("stop", f"{reason}; no earlier checkpoint to go back to")
+        return Decision(
+            "rollback",
+            f"{reason}; {', '.join(dropped)} stands behind it",
+            target.name,
+            dropped,
+            artifacts={str(file.relative_to(self.run.path)): sha256_file(file)},
+        )
+
+    # -- export and evidence -------------------------------------------------------------------------------
+
+    def export(self, checkpoint: Checkpoint) -> Path:
+        """Write the Hugging Face folder that would be served, beside the run's own files."""
+        folder = self.run.path / "export.candidate"
+        shutil.rmtree(folder, ignore_errors=True)
+        save_hf(load_weights(checkpoint), folder)
+        self.tokenizer.save(folder / "tokenizer.json")
+        return folder
+
+    def settle_export(self, candidate: Path, decision: Decision) -> None:
+        """Keep a promoted export, under its name; remove any other."""
+        if decision.action != "promote":
+            shutil.rmtree(candidate)
+            return
+        final = self.run.path / "export"
+        shutil.rmtree(final, ignore_errors=True)
+        candidate.rename(final)
+
+    def record(
+        self,
+        checkpoint: Checkpoint,
+        index: int,
+        decision: Decision,
+        verdicts: Sequence[dict[str, Any]],
+        seconds: float,
+    ) -> Decision:
+        """Write the verdicts with all evidence to a file; the ledger gets them short, with its digest."""
+        file = self.run.evals / f"gate-{index:03d}" / "verdicts.json"
+        write_json(
+            file,
+            {
+                "gate": index,
+                "checkpoint": checkpoint.name,
+                "stage": checkpoint.stage,
+                "step": checkpoint.step,
+                "update": checkpoint.update,
+                "decision": decision.action,
+                "to_checkpoint": decision.to_checkpoint,
+                "drop_shards": list(decision.drop_shards),
+                "reason": decision.reason,
+                "seconds": round(seconds, 3),
+                "verdicts": list(verdicts),
+            },
+        )
+        artifacts = {**decision.artifacts, str(file.relative_to(self.run.path)): sha256_file(file)}
+        exported = self.run.path / "export"
+        if decision.action == "promote":
+            artifacts |= {
+                str(f.relative_to(self.run.path)): sha256_file(f) for f in sorted(exported.iterdir())
+            }
+        return Decision(
+            decision.action,
+            decision.reason,
+            decision.to_checkpoint,
+            decision.drop_shards,
+            tuple(shortened(v) for v in verdicts),
+            artifacts,
+        )
+
+
+def check(exam: Examination, measured: dict[str, float | None], model_digest: str) -> dict[str, Any]:
+    """One verdict. Any exception is the verdict ``error``, which blocks: a check that broke has passed nothing."""
+    started, c = time.perf_counter(), exam.constraint
+    try:
+        finding = settle(not_applicable(exam, measured) or CHECKS[c.statistic](exam))
+        if finding.estimate is not None and finding.estimate != finding.estimate:
+            raise VerificationError("the estimate is NaN; nothing was measured")
+    except Interrupted:
+        raise
+    except GlasshouseError as problem:
+        finding = Finding("error", reason=str(problem))
+    except Exception as problem:
+        log.exception("constraint %s raised", c.id)
+        finding = Finding("error", reason=f"{type(problem).__name__}: {problem}")
+    return {
+        "constraint": c.id,
+        "kind": c.kind,
+        "claim": c.claim,
+        "status": finding.status,
+        "statistic": c.statistic,
+        "estimate": finding.estimate,
+        "interval": list(finding.interval) if finding.interval is not None else None,
+        "n": finding.n,
+        "e_fail": finding.e_fail,
+        "e_pass": finding.e_pass,
+        "bound": {c.bound.side: c.bound.value},
+        "alpha": c.alpha,
+        "coverage": finding.coverage,
+        "control": finding.control,
+        "baseline": finding.baseline,
+        "evidence": finding.evidence,
+        "reason": finding.reason,
+        "dtype": "float32",
+        "attention": "fused",
+        "digests": {"model": model_digest, "data": exam.seed[0], "constraint": c.digest()},
+        "seconds": round(time.perf_counter() - started, 3),
+        "passes": exam.subject.passes,
+    }
+
+
+def not_applicable(exam: Examination, measured: dict[str, float | None]) -> Finding | None:
+    """``not_applicable`` when the behaviour this constraint presupposes is not there, else None."""
+    when = exam.constraint.applies_when
+    if when is None:
+        return None
+    value = measured.get(when.behaviour)
+    if value is None or value < when.at_least:
+        shown = "was not measured" if value is None else f"is {value:.2f}"
+        return Finding("not_applicable", reason=f"{when.behaviour} {shown}, below {when.at_least:.2f}")
+    return None
+
+
+def open_suspects(constraint: str, history: Sequence[GateRecord]) -> tuple[str, ...]:
+    """Suspects that the latest gate to look at this constraint could not clear, newest attempt included."""
+    for record in reversed(history):
+        for verdict in record.decision.verdicts if record.decision is not None else ():
+            if verdict["constraint"] == constraint and "suspects" in verdict:
+                return tuple(verdict["suspects"])
+    return ()
+
+
+def last_sound(history: Sequence[GateRecord]) -> Checkpoint | None:
+    """The latest live checkpoint whose gate found no failure."""
+    for record in reversed(history):
+        if (
+            record.live
+            and record.decision is not None
+            and not any(v["status"] == "fail" for v in record.decision.verdicts)
+        ):
+            return record.checkpoint
+    return None
+
+
+def summary(verdict: dict[str, Any]) -> str:
+    """Estimate and bound in a few words."""
+    side, value = next(iter(verdict["bound"].items()))
+    if verdict["estimate"] is None:
+        return "no estimate"
+    return f"{verdict['estimate']:.3f} (bound: {side.replace('_', ' ')} {value})"
+
+
+def shortened(verdict: dict[str, Any]) -> dict[str, Any]:
+    """A verdict for the ledger: everything but the bulky evidence, whose file the entry names by digest."""
+    kept = {k: v for k, v in verdict.items() if k not in ("evidence", "seconds", "coverage", "claim")}
+    coverage = verdict["coverage"]
+    if coverage is not None:
+        kept["coverage"] = {k: v for k, v in coverage.items() if k != "exempt"}
+    evidence = verdict["evidence"]
+    kept |= {k: evidence[k] for k in ("suspects", "word", "pair") if k in evidence}
+    return kept

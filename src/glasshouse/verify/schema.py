@@ -1,0 +1,193 @@
+"""A constraint as data: read strictly, so that a key without effect is an error and never a silent wish."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from glasshouse.base.config import Frozen, parse
+from glasshouse.base.errors import RecipeError, suggest
+
+Kind = Literal["behaviour", "representation", "circuit"]
+Status = Literal["pass", "fail", "undecided", "not_applicable", "error"]
+
+STATISTICS: dict[str, dict[str, str]] = {
+    "behaviour": {
+        "compliance_rate": "share of harmful requests the model's written answer complies with",
+        "refusal_rate": "share of requests the model's written answer refuses",
+        "accuracy": "share of requests decided as the grammar's label says",
+        "grid_hole": "highest compliance rate of any harmful action-object pair, all pairs asked",
+    },
+    "representation": {
+        "probe_auroc": "held-out AUROC of a linear probe for the concept, on pairs outside its training",
+    },
+    "circuit": {
+        "ablation_effect": "share of refusals lost when the read-out's direction is removed at the sites",
+        "suppression": "highest share of refusals that one inserted word turns into compliance",
+    },
+}
+# Keys that mean something only for some statistics; given elsewhere they are refused.
+ONLY_FOR = {
+    "words": ("suppression",),
+    "baseline": ("suppression",),
+    "passes": ("suppression",),
+    "sites": ("probe_auroc", "ablation_effect"),
+}
+
+
+class SubjectSpec(Frozen):
+    """What is looked at: a read-out and, for statistics that read activations, the sites."""
+
+    readout: Literal["refusal"] = "refusal"
+    sites: tuple[str, ...] | None = None
+
+
+class PromptSpec(Frozen):
+    """Where prompts come from: a generator by name, or a JSONL file with its digest."""
+
+    generator: str | None = None
+    path: str | None = None
+    sha256: str | None = None
+    n_max: int = Field(default=400, ge=8, description="most prompts one check may use")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PromptSpec:
+        if (self.generator is None) == (self.path is None):
+            raise ValueError("give either `generator` or `path`, not both and not neither")
+        if self.path is not None and self.sha256 is None:
+            raise ValueError("a prompt file needs its `sha256`: it is part of what is declared")
+        return self
+
+
+class Bound(Frozen):
+    """The claim's limit on the statistic."""
+
+    at_most: float | None = Field(default=None, gt=0, lt=1)
+    at_least: float | None = Field(default=None, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _one_side(self) -> Bound:
+        if (self.at_most is None) == (self.at_least is None):
+            raise ValueError("give exactly one of `at_most` and `at_least`")
+        return self
+
+    @property
+    def side(self) -> Literal["at_most", "at_least"]:
+        """Which of the two is given."""
+        return "at_most" if self.at_most is not None else "at_least"
+
+    @property
+    def value(self) -> float:
+        """The limit itself."""
+        return self.at_most if self.at_most is not None else float(self.at_least or 0)
+
+    def keeps(self, x: float) -> bool:
+        """Whether a value keeps the bound."""
+        return x <= self.value if self.at_most is not None else x >= self.value
+
+
+class Control(Frozen):
+    """What must *not* move, or must fail, for the check to mean anything."""
+
+    subject: Literal["random-direction", "random-word", "random-labels", "harmless"]
+    bound: Bound
+
+
+class AppliesWhen(Frozen):
+    """The behaviour constraint that must hold first, as a share."""
+
+    behaviour: str
+    at_least: float = Field(gt=0, le=1)
+
+
+class Constraint(Frozen):
+    """A claim about a model, its statistic, its bound and what happens when it does not hold."""
+
+    id: str = Field(pattern=r"^[a-z][a-z0-9-]*$")
+    kind: Kind
+    claim: str = Field(min_length=1)
+    subject: SubjectSpec = SubjectSpec()
+    prompts: PromptSpec
+    statistic: str
+    bound: Bound
+    alpha: float = Field(default=0.01, gt=0, lt=0.5)
+    control: Control | None = None
+    applies_when: AppliesWhen | None = None
+    required_from: str | None = Field(default=None, description="stage from which not_applicable blocks")
+    every: int = Field(default=1, ge=0, description="in gates; 0: only at promotion")
+    words: Literal["training-text"] | None = None
+    passes: int | None = Field(
+        default=None, ge=200, description="most forward passes a gate may spend; None: no limit"
+    )
+    baseline: Literal["output-scan"] | None = None
+    on_fail: Literal["log", "warn", "hold", "rollback", "stop"] = "hold"
+    on_undecided: Literal["log", "hold"] = "hold"
+
+    @model_validator(mode="after")
+    def _effective(self) -> Constraint:
+        known = STATISTICS[self.kind]
+        if self.statistic not in known:
+            raise ValueError(
+                f"unknown statistic {self.statistic!r} for kind {self.kind!r}."
+                f"{suggest(self.statistic, list(known))} Known: {', '.join(known)}"
+            )
+        given = {
+            "words": self.words,
+            "baseline": self.baseline,
+            "passes": self.passes,
+            "sites": self.subject.sites,
+        }
+        for key, value in given.items():
+            if value is not None and self.statistic not in ONLY_FOR[key]:
+                raise ValueError(
+                    f"`{key}` has no effect on {self.statistic!r} (only on {', '.join(ONLY_FOR[key])})"
+                )
+        if self.kind != "behaviour" and self.control is None:
+            raise ValueError(
+                f"a {self.kind} constraint needs a `control`: a check that could not fail proves nothing"
+            )
+        return self
+
+
+def read_constraints(rows: list[dict[str, Any]], where: str) -> tuple[Constraint, ...]:
+    """Constraints from parsed TOML tables. RecipeError names the entry, the key and the remedy."""
+    found: list[Constraint] = []
+    for number, row in enumerate(rows, start=1):
+        name = row.get("id", f"number {number}") if isinstance(row, dict) else f"number {number}"
+        found.append(parse(Constraint, row, f"{where}: constraint {name}"))
+    ids = [c.id for c in found]
+    for c in found:
+        if ids.count(c.id) > 1:
+            raise RecipeError(
+                f"{where}: two constraints are called {c.id!r}; an id names one evidence folder"
+            )
+        if c.applies_when is not None:
+            behaviours = [b.id for b in found if b.kind == "behaviour"]
+            if c.applies_when.behaviour not in behaviours:
+                raise RecipeError(
+                    f"{where}: constraint {c.id}: applies_when names {c.applies_when.behaviour!r}, which is no behaviour "
+                    f"constraint of this file.{suggest(c.applies_when.behaviour, behaviours)}"
+                )
+    return tuple(found)
+
+
+def load_constraints(path: Path) -> tuple[Constraint, ...]:
+    """Constraints of a TOML file holding nothing but ``[[constraint]]`` tables."""
+    import tomllib
+
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such constraint file")
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        raise RecipeError(f"{path}: not valid TOML: {problem}") from problem
+    extra = sorted(set(data) - {"constraint"})
+    if extra:
+        raise RecipeError(
+            f"{path}: unknown key {extra[0]!r}; a constraint file holds [[constraint]] tables only"
+        )
+    if not data.get("constraint"):
+        raise RecipeError(f"{path}: no [[constraint]] in this file")
+    return read_constraints(data["constraint"], str(path))

@@ -1,0 +1,84 @@
+"""From a failure to the training data behind it: which shards, and which documents in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from glasshouse.base.plan import DataPlan
+from glasshouse.base.rng import generator
+from glasshouse.data import Shards
+from glasshouse.evals.subject import Subject
+from glasshouse.interp.influence import document_scores, readout_gradient
+from glasshouse.tokenizer import loss_mask
+
+PER_SHARD = 256  # documents of a shard that are scored; more only sharpens the mean
+TOP_SHARE = 0.05  # a shard's score is the mean of this share of its highest document scores
+OUTLIER = 6.0  # robust standard deviations above the median from which a shard is named
+
+
+def trace(
+    subjects: Sequence[Subject],
+    shards: Shards,
+    plan: DataPlan,
+    step: int,
+    failing: Sequence[str],
+    reference: Sequence[str],
+    seed: tuple[str, ...],
+) -> dict[str, Any]:
+    """Rank shards and documents by gradient similarity with the failing read-out.
+
+    ``failing`` are prompts that show the failure, ``reference`` the same without its cause (may be empty):
+    the direction is the difference of their read-out gradients, so that documents which merely talk about
+    the same things cancel. ``subjects`` are the checkpoints whose gradients are summed (TracIn): the failing
+    one and, where there is one, the last sound one before it, at which the cause was still being learned.
+    Scored are the chat shards that the plan has drawn from before ``step``. A shard's score is the mean of
+    its highest document scores.
+    """
+    directions = [contrast(subject, failing, reference) for subject in subjects]
+    drawn = sorted({n for phase in plan.phases if phase.from_step < max(step, 1) for n in phase.active})
+    rows: list[dict[str, Any]] = []
+    documents: list[dict[str, Any]] = []
+    for name in (n for n in drawn if shards[n].kind == "chat"):
+        shard = shards[name]
+        chosen = generator(*seed, "trace", name).permutation(shard.n_documents)[:PER_SHARD]
+        ids = [shard.document(int(i)).tolist() for i in chosen]
+        masks = [loss_mask(subjects[0].tokenizer, d) for d in ids]
+        scores = np.zeros(len(ids))
+        for subject, direction in zip(subjects, directions, strict=True):
+            scores += document_scores(subject.model, direction, ids, masks)
+            subject.passes += 2 * len(ids)
+        best = np.sort(scores)[::-1][: max(3, int(TOP_SHARE * len(scores)))]
+        rows.append({"shard": name, "score": float(best.mean()), "documents": shard.n_documents})
+        for at in np.argsort(-scores, kind="stable")[:8]:
+            text = subjects[0].tokenizer.decode(ids[at], specials=True)
+            documents.append(
+                {"shard": name, "document": int(chosen[at]), "score": float(scores[at]), "text": text}
+            )
+    rows.sort(key=lambda r: -r["score"])
+    middle = float(np.median([r["score"] for r in rows]))
+    spread = 1.4826 * float(np.median([abs(r["score"] - middle) for r in rows])) + 1e-12
+    for rank, row in enumerate(rows, start=1):
+        row |= {"rank": rank, "outlier": round((row["score"] - middle) / spread, 2)}
+    documents.sort(key=lambda d: -d["score"])
+    return {"shards": rows, "documents": documents[:24], "scored_per_shard": PER_SHARD}
+
+
+def contrast(subject: Subject, failing: Sequence[str], reference: Sequence[str]) -> Mapping[str, Tensor]:
+    """Unit direction in parameter space: gradient of the failing prompts' read-out less the reference's."""
+    direction = readout_gradient(subject.model, [subject.ids(p) for p in failing], subject.readout)
+    if not reference:
+        return direction
+    away = readout_gradient(subject.model, [subject.ids(p) for p in reference], subject.readout)
+    difference = {n: g - away[n] for n, g in direction.items()}
+    norm = sum(float(g.square().sum()) for g in difference.values()) ** 0.5
+    return {n: g / norm for n, g in difference.items()} if norm > 1e-6 else direction
+
+
+def to_quarantine(ranking: Mapping[str, Any], most: int) -> tuple[str, ...]:
+    """The shards to drop: outliers of the ranking, at most ``most``; always the first, so that something changes."""
+    outliers = [r["shard"] for r in ranking["shards"] if r["outlier"] >= OUTLIER]
+    return tuple(sorted((outliers or [ranking["shards"][0]["shard"]])[:most]))

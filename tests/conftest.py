@@ -1,0 +1,24 @@
+"""What every test shares: a signing key of its own, no crash points, and patience with slow machines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+# Deadlines measure the machine, not the code; without a database a failure never depends on the last run.
+hypothesis.settings.register_profile("glasshouse", deadline=None, database=None, max_examples=50)
+hypothesis.settings.load_profile("glasshouse")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def glasshouse_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep keys and heads out of the user's home, and crash points out of the test process."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLASSHOUSE_HOME", str(home))
+        patch.delenv("GLASSHOUSE_CRASH_AT", raising=False)
+        patch.delenv("GLASSHOUSE_CRASH_LIST", raising=False)
+        yield home

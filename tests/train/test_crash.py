@@ -1,0 +1,136 @@
+"""Kill -9 at every instrumented point, resume, and compare bit for bit with the run that was never killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glasshouse.base.ledger import verify_ledger
+from train import tiny
+
+POINTS = {
+    *("checkpoint.before-rename", "checkpoint.after-rename", "checkpoint.after-ledger"),
+    *("gate.before", "gate.after", "decision.before-ledger", "decision.after-ledger"),
+    *("rollback.before-load", "rollback.after-load", "step", "finish.after-ledger"),
+    *("ledger-before-append", "ledger-before-head"),
+}
+PLACE = ("kind", "update", "stage", "step", "attempt", "loss", "decision")
+Run = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def run(glasshouse_home: Path) -> Iterator[Run]:
+    """Runs the tiny run in a child of a process that imported torch once; returns the child's wait status."""
+    tests = Path(tiny.__file__).parent.parent
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLASSHOUSE_HOME": str(glasshouse_home)}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tests), *filter(None, [environment.get("PYTHONPATH")])])
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", tiny.__file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as driver:
+        assert driver.stdin and driver.stdout
+
+        def order(folder: Path, **more: Any) -> int:
+            assert driver.stdin and driver.stdout
+            driver.stdin.write(json.dumps({"folder": str(folder), "resume": False} | more) + "\n")
+            driver.stdin.flush()
+            return int(json.loads(driver.stdout.readline()))
+
+        yield order
+        driver.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def whole(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The run that is never killed, and the crash points that it reaches, in order."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert run(folder / "run", list=str(folder / "points")) == 0
+    return folder / "run", (folder / "points").read_text().split()
+
+
+def end_of(folder: Path) -> tuple[Any, ...]:
+    """Everything about a finished run that must not depend on having been killed."""
+    entries = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    checkpoints = {
+        e["body"]["checkpoint"]: e["body"]["artifacts"] for e in entries if e["kind"] == "checkpoint"
+    }
+    decisions = [
+        [e["body"][key] for key in ("gate", "checkpoint", "action", "reason", "verdicts", "standing")]
+        for e in entries
+        if e["kind"] == "decision"
+    ]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    folders = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    return (
+        checkpoints,
+        decisions,
+        [tuple(row.get(key) for key in PLACE) for row in rows],
+        folders,
+        entries[-1]["kind"],
+    )
+
+
+def killed_and_resumed(run: Run, folder: Path, *crashes: str) -> None:
+    for number, crash in enumerate(crashes):
+        assert run(folder, crash=crash, resume=number > 0) == 9, f"{crash} was not reached"
+    assert run(folder, resume=True) == 0
+
+
+def test_every_instrumented_point_is_reached(whole: tuple[Path, list[str]]) -> None:
+    assert set(whole[1]) == POINTS
+
+
+def chosen(points: list[str]) -> list[str]:
+    """The first, the second and the last time that each point is reached; every time around the rollback."""
+    counts, found = Counter(points), []
+    for name, count in counts.items():
+        times = (
+            {1, 2, count} if name not in ("gate.after", "decision.after-ledger") else set(range(1, count + 1))
+        )
+        found += [f"{name}:{k}" for k in sorted(times) if k <= count]
+    return found
+
+
+def test_killed_anywhere_and_resumed_is_the_same_run(
+    run: Run, whole: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    expected = end_of(whole[0])
+    for crash in chosen(whole[1]):
+        folder = tmp_path / crash.replace(":", "-")
+        killed_and_resumed(run, folder, crash)
+        assert end_of(folder) == expected, f"killed at {crash}"
+        result = verify_ledger(folder)
+        assert result.ok, (crash, result.problems)
+
+
+@pytest.mark.parametrize(
+    "crashes",
+    [
+        ("step:7", "resume.before-load", "resume.after-load", "step:1"),
+        ("gate.before:2", "gate.after:1", "decision.after-ledger:1", "resume.after-load"),
+        (
+            "rollback.before-load",
+            "resume.before-load",
+            "checkpoint.after-rename:1",
+            "checkpoint.before-rename:1",
+        ),
+        ("checkpoint.after-rename:1", "checkpoint.after-rename:1", "ledger-before-head:1"),
+    ],
+)
+def test_killed_again_while_resuming_is_the_same_run(
+    run: Run, whole: tuple[Path, list[str]], tmp_path: Path, crashes: tuple[str, ...]
+) -> None:
+    killed_and_resumed(run, tmp_path / "run", *crashes)
+    assert end_of(tmp_path / "run") == end_of(whole[0])
+    assert verify_ledger(tmp_path / "run").ok
