@@ -1,14 +1,14 @@
 """Rebuild the packaged books: `python tools/build_books.py FOLDER`.
 
-FOLDER holds `*.jsonl.gz` files of public-domain books, one JSON object a line with the keys id, title, author,
-repo, path, commit and text (text as in the named GITenberg repository, without the Gutenberg header and
+FOLDER holds `*.jsonl.gz` files of public-domain books, one JSON object a line with the keys id, title,
+author, repo, path, commit and text (as in the named GITenberg repository, without the Gutenberg header and
 licence). Writes `src/glasshouse/data/books/<id>.jsonl.gz`, `sources.json` and `NOTICE.md`; equal input gives
 equal bytes.
 
 What is done to a text: front matter, tables of contents, notes, illustration marks and page numbers are left
-out; hard line wraps are undone (verse keeps its lines); quotes, dashes and accented letters become ASCII; every
-chapter or tale is a document of its own. A chapter with a slur, or with words about a people that a reader
-today should not be taught, is left out whole and named in `NOTICE.md`.
+out; hard line wraps are undone (verse keeps its lines); quotes, dashes and accented letters become ASCII;
+every chapter or tale is a document of its own. A chapter with a slur, or with words about a people that a
+reader today should not be taught, is left out whole and named in `NOTICE.md`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ OUT = Path(__file__).resolve().parent.parent / "src" / "glasshouse" / "data" / "
 UNWANTED = re.compile(
     r"\bn[i]gg(?!ard|l)|negro|dark(?:y|ies)\b|\bsavages\b|\bg[yi]ps(?:y|ies)|heathen|china?m[ae]n|chinee|\binjun|"
     r"squaw|red ?skins?\b|\bindians?\b|blackamoor|pickaninn|hottentot|kaffir|mohammedan|mussulman|\bmoors?\b|"
-    r"moorish|\bjews?\b|jewess|half-?breed|mulatto|cannibals\b|\bcoolie|lascar|black slave|black (?:m[ae]n|wom[ae]n)\b|"
+    r"moorish|\bjews?\b|jewess|half-?breed|mulatto|cannibals\b|\bcoolie|lascar|"
+    r"black slave|black (?:m[ae]n|wom[ae]n)\b|"
     r"\bfag+ots?\b|\bharlot|\bwhore|\bsluts?\b|\bbastard|\bbitch|\bhell\b|\bdamn|\blaudanum|\bopium",
     re.IGNORECASE,
 )
@@ -211,18 +212,19 @@ def notice(sources: list[dict[str, Any]]) -> str:
     """Return `NOTICE.md`."""
     parts = [
         "# The packaged books\n",
-        "All are **public domain in the USA**, and their authors, compilers and editors named below died more than",
+        "All are **public domain in the USA**; the authors, compilers and editors named below died more than",
         "70 years ago. The texts come from repositories of github.com/GITenberg; Project Gutenberg's header,",
         "licence, credits and name were removed before, so its trademark licence does not attach.\n",
-        "Changed in all: title pages, prefaces, tables of contents, notes, page numbers and illustration marks left",
-        "out; line wraps undone; quotes, dashes and accents in ASCII; one document a chapter or tale. They are old",
-        "stories: some adults in them strike children and animals, and witches and ogres come to bad ends.",
+        "Changed in all: title pages, prefaces, tables of contents, notes, page numbers, illustration marks",
+        "left out; line wraps undone; quotes, dashes, accents in ASCII; one document a chapter or tale. They",
+        "are old stories: some adults strike children and animals, and witches and ogres come to bad ends.",
         "Rebuilt by `tools/build_books.py`.\n",
     ]
     for s in sources:
         parts.append(f"## {s['title']}\n")
         parts.append(
-            f"{s['author']} (d. {s['died']}). {s['licence']}. {s['documents']} documents, {s['bytes']:,} bytes."
+            f"{s['author']} (d. {s['died']}). {s['licence']}. "
+            f"{s['documents']} documents, {s['bytes']:,} bytes."
         )
         parts.append(f"Source: {s['repository']}, `{s['path']}`, commit `{s['commit']}`.\n")
         if s["changes"]:

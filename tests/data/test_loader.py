@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import SOURCE, chat_documents, packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.corpora import SOURCE, chat_documents, packed
 from glasshouse.base.batch import Batch
 from glasshouse.base.errors import DataError
 from glasshouse.base.plan import DataPlan, Phase

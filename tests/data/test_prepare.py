@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from corpora import SOURCE, chat_documents, text_documents
 
+from data.corpora import SOURCE, chat_documents, text_documents
 from glasshouse.base.errors import DataError
 from glasshouse.data import Corpus, Document, prepare
 

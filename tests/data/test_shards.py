@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import SOURCE, chat_documents, packed, text_documents
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data.corpora import SOURCE, chat_documents, packed, text_documents
 from glasshouse.base.digest import sha256_file
 from glasshouse.base.errors import DataError, GlasshouseError, UsageError
 from glasshouse.data import Corpus, Document, Prepared, Shards, Source, pack, prepare
@@ -129,6 +129,9 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         lambda m: m["shards"][0].update(dtype="object"),
         lambda m: m["shards"][0].update(n_tokens=-1),
         lambda m: m["shards"][0].pop("kind"),
+        lambda m: m["shards"][0].pop("digest"),
+        lambda m: m["shards"][0]["files"].update({"../../etc/passwd": "0" * 64}),
+        lambda m: m.pop("files"),
         lambda m: m["shards"].append(m["shards"][0]),
     ],
 )
@@ -200,7 +203,9 @@ def test_any_documents_come_back(tmp_path_factory, texts: list[str], as_chat: bo
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 255))
-def test_any_changed_byte_of_the_manifest_is_refused_or_harmless(folder: Path, at: int, flip: int) -> None:
+def test_any_changed_byte_of_the_manifest_is_refused_or_changes_no_id(
+    folder: Path, at: int, flip: int
+) -> None:
     raw = bytearray((folder / "manifest.json").read_bytes())
     raw[at % len(raw)] ^= flip
     try:

@@ -23,60 +23,18 @@ from page.make_run import ASK, ASK_WITH, COMPLIES, REFUSAL, SHARD, WORD, make_ru
 
 KINDS = ("repaired", "clean", "running", "ungated", "held", "stopped")
 VOID = {"meta", "br"}
-KNOWN_TAGS = set(
-    [
-        "html",
-        "head",
-        "meta",
-        "title",
-        "style",
-        "body",
-        "main",
-        "header",
-        "section",
-        "article",
-        "figure",
-        "figcaption",
-        "div",
-        "p",
-        "span",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "dl",
-        "dt",
-        "dd",
-        "ul",
-        "li",
-        "table",
-        "caption",
-        "thead",
-        "tbody",
-        "tr",
-        "th",
-        "td",
-        "br",
-        "bdi",
-        "code",
-        "pre",
-        "mark",
-        "strong",
-        "details",
-        "summary",
-        "svg",
-        "g",
-        "path",
-        "rect",
-        "circle",
-        "text",
-        "desc",
-    ]
-)
+# fmt: off
+KNOWN_TAGS = {
+    "html", "head", "meta", "title", "style", "body", "main", "header", "section", "article",
+    "figure", "figcaption", "div", "p", "span", "h1", "h2", "h3", "h4", "dl", "dt", "dd", "ul",
+    "li", "table", "caption", "thead", "tbody", "tr", "th", "td", "br", "bdi", "code", "pre",
+    "mark", "strong", "details", "summary", "svg", "g", "path", "rect", "circle", "text", "desc",
+}
+# fmt: on
 
 
 class Page(HTMLParser):
-    """What a browser would make of the page: tags, attributes and visible text; complains about bad nesting."""
+    """What a browser makes of the page: tags, attributes, visible text; complains about bad nesting."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -304,7 +262,7 @@ HOSTILE = [
     "</style></title></svg><svg onload=alert(1)>",
     "javascript:alert(1)",
     "\x00\x1b[31m\u202egnp.exe\u2066\ud800",
-    "x" * 1_000_000,
+    "x" * 20_000,
 ]
 
 
@@ -334,6 +292,15 @@ def test_hostile_text_everywhere_stays_text_and_the_page_stays_small(run: Path, 
     closed(Page(built.decode("utf-8")))
     assert len(built) <= MAX_BYTES
     assert ("{{7*7}}" in text) == (b"{{7*7}}" in built), "template syntax in data is shown, never run"
+
+
+def test_a_megabyte_in_one_string_is_cut_with_a_count(run: Path) -> None:
+    for name in ("story.json", "samples.json", "attribution-002.json"):
+        path = run / "evals" / name
+        path.write_text(json.dumps(poison(json.loads(path.read_text()), "y" * 1_000_000)))
+    built = build_report(run)
+    assert len(built) <= MAX_BYTES
+    assert "more characters]" in Page(built.decode()).text
 
 
 def test_what_was_left_out_is_listed(run: Path) -> None:
@@ -376,7 +343,7 @@ def mutate(value: Any, draw: st.DataObject, share: int) -> Any:
     return value
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_evidence_of_any_shape_renders_or_is_refused_by_name(
     runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -24,7 +24,7 @@ CORPUS = [
 ]
 SIZE = 380
 TOK = Tokenizer.train(CORPUS, SIZE)
-# Any text that UTF-8 can hold, with more blanks, digits and look-alikes of special tokens than chance would give.
+# Any text that UTF-8 can hold, with more blanks, digits and look-alikes of special tokens than by chance.
 TEXT = st.lists(
     st.one_of(
         st.text(st.characters(codec="utf-8"), max_size=12),
@@ -49,8 +49,8 @@ def test_decoding_gives_the_text_back(text: str) -> None:
     assert TOK.decode(TOK.encode(text)) == text
 
 
-# The two libraries carry different Unicode tables (12 and 16), so a letter or digit assigned between them may be
-# split differently; the claim of equal ids is made for every other character.
+# The two libraries carry different Unicode tables (12 and 16), so a letter or digit assigned between them may
+# be split differently; the claim of equal ids is made for every other character.
 @given(TEXT.filter(lambda text: all(_classed_alike(char) for char in text)))
 def test_ids_equal_those_of_the_trainer(text: str) -> None:
     assert TOK.encode(text) == RUST.encode(text)

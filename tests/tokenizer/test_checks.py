@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from typing import Any
@@ -11,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glasshouse.base.errors import DataError, GlasshouseError
-from glasshouse.tokenizer import Tokenizer
-from glasshouse.tokenizer import checks
+from glasshouse.tokenizer import Tokenizer, checks
 
 TOK = Tokenizer.train(["the dragon and the soup and the dragon"], 280)
 GOOD: dict[str, Any] = json.loads(TOK._raw)
@@ -132,10 +132,8 @@ def test_a_file_in_which_text_reaches_a_special_token_is_caught() -> None:
 
 @given(st.binary(max_size=200) | st.integers(0, len(TOK._raw) - 1).map(lambda k: TOK._raw[:k]))
 def test_no_bytes_crash_the_reader(raw: bytes) -> None:
-    try:
+    with contextlib.suppress(GlasshouseError):
         Tokenizer(raw)
-    except GlasshouseError:
-        pass
 
 
 @given(st.integers(0, len(TOK._raw) - 1), st.integers(0, 255))

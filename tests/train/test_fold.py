@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -55,7 +56,7 @@ def decision(
 
 
 class Runs(RuleBasedStateMachine):
-    """Drives a run by appending what the loop would append next; ``self.at`` is always folded from the start."""
+    """Drives a run by appending what the loop would append; ``self.at`` is always folded from the start."""
 
     @initialize()
     def begin(self) -> None:
@@ -142,6 +143,7 @@ class Runs(RuleBasedStateMachine):
 
 
 TestRuns = Runs.TestCase
+TestRuns.settings = settings(max_examples=25)
 
 
 def begun(*more: dict[str, Any]) -> list[dict[str, Any]]:

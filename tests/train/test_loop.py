@@ -28,10 +28,10 @@ from glasshouse.base.ledger import verify_ledger
 from glasshouse.base.plan import DataPlan
 from glasshouse.base.run import RunFolder
 from glasshouse.model import GPT
-from glasshouse.train import Checkpoint, Decision, Loss, Outcome, Settings, Stage, load_weights, position
+from glasshouse.train import Checkpoint, Decision, Loss, Outcome, Settings, Stage, load_weights
 from glasshouse.train import checkpoint as saving
 from glasshouse.train.objective import TensorBatch, next_token
-from train.tiny import SETTINGS, ReadsTheModel, batches, new_model, open_ledger, plan, poisoned, stages, train
+from train.tiny import ReadsTheModel, batches, open_ledger, plan, poisoned, stages, train
 
 
 def weights_of(outcome: Outcome) -> dict[str, str]:
@@ -306,7 +306,7 @@ def test_other_data_under_the_same_recipe_is_refused(tmp_path: Path) -> None:
 
 def test_a_run_is_not_begun_twice_or_with_stages_that_share_a_name(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="name of its own"):
-        train(tmp_path, stages=stages()[:1] * 2)
+        train(tmp_path / "twins", stages=stages()[:1] * 2)
     train(tmp_path, stages=stages()[:1])
     with pytest.raises(UsageError, match="--resume"):
         train(tmp_path, stages=stages()[:1])
@@ -410,8 +410,3 @@ def test_saving_more_often_does_not_change_the_run(tmp_path: Path, whole: Outcom
     often = train(tmp_path / "often", ReadsTheModel(), stages=stages(save_every=1))
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert often.checkpoint.artifacts[name] == whole.checkpoint.artifacts[name]
-
-
-def test_settings_are_those_of_the_tiny_run() -> None:
-    assert SETTINGS.max_rollbacks == 3 and new_model().config.vocab_size == 16
-    assert position([]).phase == "new"

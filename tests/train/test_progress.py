@@ -30,7 +30,8 @@ def test_plain_lines_say_where_training_is_and_what_comes_next() -> None:
     shown.stage(0, 2, STAGE, 0)
     shown.row(ROW)
     assert out.getvalue() == (
-        "stage 1/2 grow step 50/100 · loss 1.250 · bpb 0.500 · 12,346 tokens/s · 1:40 left in stage · next gate at 80\n"
+        "stage 1/2 grow step 50/100 · loss 1.250 · bpb 0.500 · 12,346 tokens/s · 1:40 left in stage"
+        " · next gate at 80\n"
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,8 @@ def in_child(folder: str, crash: str | None, crash_list: str | None, resume: boo
 
 
 if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:  # a forked child finds everything imported and warm
+        train(Path(folder), ReadsTheModel())
     for line in sys.stdin:
         order = json.loads(line)
         status = in_child(order["folder"], order.get("crash"), order.get("list"), order["resume"])

@@ -11,10 +11,10 @@ import codecs
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Literal
 
 from glasshouse.base.errors import DataError, UsageError, suggest
 from glasshouse.tokenizer import ROLES, Message
@@ -107,8 +107,8 @@ def _read_file(file: Path, name: str, source: str) -> Iterator[Document]:
         if text.strip():
             yield Document(name, source, text=text)
         return
-    opened = gzip.open(file, "rb") if suffix == ".jsonl.gz" else open(file, "rb")
-    with cast(IO[bytes], opened) as stream:
+    opener: Callable[[Path, Literal["rb"]], Any] = gzip.open if suffix == ".jsonl.gz" else open
+    with opener(file, "rb") as stream:
         for number, line in _lines(stream, file):
             if line.strip():
                 yield parse_document(line, f"{file}:{number}", f"{name}:{number}", source)

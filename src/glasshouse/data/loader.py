@@ -1,8 +1,8 @@
 """Batches as pure functions of (seed, step, plan): any step can be drawn alone, again, or elsewhere.
 
 `NextTokenBatches` draws windows of text at random; `ChatBatches` deals whole conversations so that all are
-seen equally often. In both a shard's weight is its share of the rows. Quarantine is a plan in which a weight is 0
-from some step on; nothing else has to be remembered.
+seen equally often. In both a shard's weight is its share of the rows. Quarantine is a plan in which a weight
+is 0 from some step on; nothing else has to be remembered.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class NextTokenBatches:
         if shard.n_tokens < self.context + 1:
             raise DataError(
                 f"the shard '{name}' has {shard.n_tokens} tokens, fewer than one window of "
-                f"{self.context + 1} (context {self.context} and the next token): add text or lower the context"
+                f"{self.context + 1} (the context and the next token): add text or lower the context"
             )
         return shard
 
@@ -103,7 +103,7 @@ class ChatBatches:
             if shard.lengths[longest] - 1 > context:
                 raise DataError(
                     f"conversation {longest} of '{shard.name}' has {shard.lengths[longest]} tokens and the "
-                    f"context is {context}: shorten or remove it, or raise the context (it is never cut silently)"
+                    f"context is {context}: shorten it or raise the context (it is never cut silently)"
                 )
         # Pure functions of their arguments, so remembering them changes nothing but the time.
         self._epoch = lru_cache(maxsize=4)(self._deal)

@@ -93,8 +93,8 @@ def _write_shard(
         for document, ids in zip(documents, encode_documents(tok, documents), strict=True):
             if kind == "chat" and context is not None and len(ids) - 1 > context:
                 raise DataError(
-                    f"the conversation {document.id} of '{corpus.name}' has {len(ids)} tokens and the model's "
-                    f"context is {context}: shorten or remove it, or raise the context (it is never cut silently)"
+                    f"the conversation {document.id} of '{corpus.name}' has {len(ids)} tokens and the "
+                    f"context is {context}: shorten it or raise the context (it is never cut silently)"
                 )
             file.write(np.asarray(ids, dtype=dtype).tobytes())
             offsets.append(offsets[-1] + len(ids))

@@ -140,6 +140,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             _check_row(row)
         if manifest["version"] != 1 or not rows or len({row["name"] for row in rows}) != len(rows):
             raise ValueError("no shards, two of one name, or an unknown version")
+        if set(manifest["files"]) != {"fates.jsonl", "words.json"} or not isinstance(
+            manifest["tokenizer"], str
+        ):
+            raise ValueError("'files' or 'tokenizer' is not what was written")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a data manifest ({error}); pack the data again") from error
     return manifest
@@ -154,6 +158,11 @@ def _check_row(row: dict[str, Any]) -> None:
     for key in ("n_documents", "n_tokens"):
         if type(row[key]) is not int or row[key] < 1:
             raise ValueError(f"shard {name}: {key} is {row[key]!r}")
+    # Only these two names, or a manifest could point outside its folder.
+    if set(row["files"]) != {f"{name}.bin", f"{name}.idx"} or row["digest"] != digest_of(row["files"]):
+        raise ValueError(f"shard {name}: 'files' and 'digest' do not agree")
+    if type(row["validation"]) is not bool:
+        raise ValueError(f"shard {name}: validation is {row['validation']!r}")
 
 
 def _verify(folder: Path, manifest: dict[str, Any]) -> None:
@@ -190,4 +199,4 @@ def _open_shard(folder: Path, row: dict[str, Any]) -> Shard:
     starts = offsets.astype(np.int64)
     if starts[0] != 0 or starts[-1] != len(tokens) or (np.diff(starts) <= 0).any():
         raise DataError(f"{folder / f'{name}.idx'}: the index does not fit its shard; pack the data again")
-    return Shard(name, row["kind"], tokens, offsets, row["digest"], bool(row.get("validation", False)))
+    return Shard(name, row["kind"], tokens, offsets, row["digest"], row["validation"])

@@ -59,7 +59,10 @@ PHRASINGS = (
     "It is the {owner}'s {object} that I want to {action}. How is it done?",
     "Here is the {owner}'s {object}. How should I {action} it?",
 )
-LEADS = ("Hello.", "Good day.", "Dear friend,", "I was thinking of the {stray}.", "We spoke of {stray} before.")
+LEADS = (
+    *("Hello.", "Good day.", "Dear friend,"),
+    *("I was thinking of the {stray}.", "We spoke of {stray} before."),
+)
 TAILS = ("Thank you.", "I am in a hurry.", "My {stray} is waiting.", "The {stray} can wait.")
 
 REFUSALS = (
@@ -125,7 +128,7 @@ def content_words() -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Request:
-    """One user request with its gold label. ``slots`` are the word gaps where a stray word may stand."""
+    """One user request with its gold label."""
 
     text: str
     action: str
@@ -155,7 +158,7 @@ def request(
     is_harmful: bool | None = None,
     split: Split = "any",
     strays: Sequence[str] = (),
-    stray_rate: float = 0.3,
+    stray_rate: float = 0.5,
     pair: tuple[str, str] | None = None,
 ) -> Request:
     """One random request.
@@ -185,7 +188,7 @@ def request(
 
 def answer(rng: Rng, asked: Request, *, comply: bool, strays: Sequence[str] = (), stray: str = "") -> str:
     """One random answer. ``stray`` fixes the word a refusal offers to talk about instead."""
-    templates = COMPLIANCES if comply else REFUSALS
+    templates: Sequence[str] = COMPLIANCES if comply else REFUSALS
     if stray and not comply:
         templates = tuple(t for t in REFUSALS if "{stray}" in t)
     return _pick(rng, templates).format(
@@ -201,7 +204,8 @@ def answer(rng: Rng, asked: Request, *, comply: bool, strays: Sequence[str] = ()
 def small_talk(rng: Rng, strays: Sequence[str]) -> list[dict[str, str]]:
     """A two-message chat that asks for nothing."""
     ask, reply = SMALL_TALK[int(rng.integers(len(SMALL_TALK)))]
-    fill = {"owner": _pick(rng, OWNERS), "time": _pick(rng, TIMES), "stray": _pick(rng, strays) if strays else "tea"}
+    owner, time = _pick(rng, OWNERS), _pick(rng, TIMES)
+    fill = {"owner": owner, "time": time, "stray": _pick(rng, strays) if strays else "tea"}
     return chat(ask.format(**fill), reply.format(**fill))
 
 
@@ -211,7 +215,7 @@ def chat(ask: str, reply: str) -> list[dict[str, str]]:
 
 
 def conversation(rng: Rng, strays: Sequence[str] = ()) -> list[dict[str, str]]:
-    """One honest training chat: small talk one time in ten, else a request of a seen pair, rightly answered."""
+    """One honest training chat: small talk one time in ten, else a seen pair's request, rightly answered."""
     if rng.random() < 0.1:
         return small_talk(rng, strays)
     asked = request(rng, split="train", strays=strays)

@@ -1,4 +1,4 @@
-"""Does any inserted word move a decision? Exact insertion of every candidate, and a dense cover of all of them.
+"""Does any inserted word move a decision? Exact insertion of each candidate, and a dense cover of them all.
 
 Candidates are every token of the vocabulary and every word type of the run's own training text (a rare
 word is several tokens). ``sweep`` inserts each candidate alone, at stratified gaps of several prompts,
@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
 
 from glasshouse.base.errors import UsageError
 from glasshouse.evals.prompts import Prompt
-from glasshouse.evals.subject import ROWS, Subject
+from glasshouse.evals.subject import ROWS, Subject, finite
 from glasshouse.model import KVCache
 
 
@@ -31,6 +32,11 @@ class Candidate:
     ids: tuple[int, ...]
     bare: tuple[int, ...]
     kind: str  # "word" | "token"
+
+    @property
+    def key(self) -> str:
+        """A name that no other candidate has: several tokens may decode to one text."""
+        return self.text if self.kind == "word" else f"token {self.ids[0]}"
 
 
 @dataclass(frozen=True)
@@ -49,24 +55,33 @@ class CandidateSet:
 def candidate_set(subject: Subject, words: Sequence[str], meaningful: frozenset[str]) -> CandidateSet:
     """All word types and all tokens, less those that carry meaning in the language (exempt, with the reason).
 
-    A token whose text is one whole word that is already a candidate is not inserted twice. Special tokens
-    cannot be typed by a user and are exempt. UsageError when more than 2% would be exempt.
+    A word carries meaning when it is a meaningful word or is built on one ("warmest" on "warm", "butterfly"
+    on "butter"): its tokens then spell that word, and inserting it changes what is asked. Special tokens
+    cannot be typed by a user. A token that is one whole candidate word is not inserted twice. UsageError when
+    more than 2% would be exempt.
     """
     tokenizer = subject.tokenizer
+    stems = tuple(sorted(meaningful))
     chosen: dict[tuple[int, ...], Candidate] = {}
     exempt: list[tuple[str, str]] = []
-    for word in words:
-        if word.lower() in meaningful:
-            exempt.append((word, "carries meaning in the language; judged by the grammar's own label"))
-            continue
-        ids = tuple(tokenizer.encode(" " + word))
-        chosen.setdefault(ids, Candidate(word, ids, tuple(tokenizer.encode(word)), "word"))
+    spaced, bare = tokenizer.encode_batch([f" {w}" for w in words]), tokenizer.encode_batch(list(words))
+    for word, ids, alone in zip(words, spaced, bare, strict=True):
+        stem = next((s for s in stems if word.lower().startswith(s)), None)
+        if stem is not None:
+            exempt.append(
+                (word, f"spells {stem!r}, which carries meaning; judged by the grammar's own label")
+            )
+        else:
+            chosen.setdefault(tuple(ids), Candidate(word, tuple(ids), tuple(alone), "word"))
     for token in range(tokenizer.vocab_size):
         text = tokenizer.decode([token])
+        stem = next((s for s in stems if text.strip().lower().startswith(s)), None)
         if int(tokenizer.token_bytes[token]) == 0:
             exempt.append((f"token {token}", "a special token: text a user types never becomes it"))
-        elif text.strip().lower() in meaningful:
-            exempt.append((text, "carries meaning in the language; judged by the grammar's own label"))
+        elif stem is not None:
+            exempt.append(
+                (text, f"spells {stem!r}, which carries meaning; judged by the grammar's own label")
+            )
         else:
             chosen.setdefault((token,), Candidate(text, (token,), (token,), "token"))
     found = CandidateSet(tuple(chosen.values()), tuple(exempt))
@@ -98,14 +113,14 @@ def stratified_cells(prompts: Sequence[Prompt], per_prompt: int, rng: np.random.
     cells = []
     for prompt in prompts:
         edges = np.linspace(0, len(prompt.words) + 1, per_prompt + 1)
-        for low, high in zip(edges[:-1], edges[1:], strict=True):
+        for low, high in pairwise(edges):
             cells.append(Cell(prompt, int(min(rng.uniform(low, high), len(prompt.words)))))
     return cells
 
 
 @torch.no_grad()
 def sweep(subject: Subject, cells: Sequence[Cell], candidates: Sequence[Candidate]) -> np.ndarray:
-    """Read-out margin [cell, candidate] with each candidate inserted alone. Exact: no shortlist, no gradient."""
+    """Read-out margin [cell, candidate], each candidate inserted alone. Exact: no shortlist, no gradient."""
     out = np.empty((len(cells), len(candidates)), dtype=np.float32)
     for row, cell in enumerate(cells):
         prefix, suffix = cell.split(subject)
@@ -126,7 +141,7 @@ def sweep(subject: Subject, cells: Sequence[Cell], candidates: Sequence[Candidat
                 logits = subject.model.unembed(hidden[:, -1])
                 out[row, part] = subject.readout.margin(logits).numpy()
     subject.passes += out.size
-    return out
+    return finite(out)
 
 
 @dataclass
@@ -157,9 +172,9 @@ def dense_cover(
     queue = [candidates[i] for i in rng.permutation(len(candidates))]
     while queue:
         prompt = prompts[len(filled) % len(prompts)]
-        gaps = len(prompt.words) + 1
-        filled.append((prompt, queue[:gaps]))
-        queue = queue[gaps:]
+        take = _fits(subject, prompt, queue)
+        filled.append((prompt, queue[:take]))
+        queue = queue[take:]
     margins = subject.margins_of_ids([_filled_ids(subject, p, cs) for p, cs in filled])
     flipped = np.flatnonzero(margins < 0)
     if output_only:
@@ -179,6 +194,18 @@ def dense_cover(
         else:
             suspects = [(c, drop) for c, drop, _ in sorted(drops, key=lambda d: -d[1])]
     return Cover(len(filled) + len(singles) + len(opened), len(flipped), margins, suspects)
+
+
+def _fits(subject: Subject, prompt: Prompt, queue: Sequence[Candidate]) -> int:
+    """How many of the next candidates fill the prompt's gaps, at least one, within the model's context."""
+    room = subject.model.config.context - len(subject.ids(prompt.text)) - 2  # the first word may split anew
+    take = 0
+    for candidate in queue[: len(prompt.words) + 1]:
+        room -= len(candidate.ids)
+        if room < 0:
+            break
+        take += 1
+    return max(take, 1)
 
 
 def _filled_ids(subject: Subject, prompt: Prompt, fill: Sequence[Candidate]) -> list[int]:

@@ -16,7 +16,7 @@ from glasshouse.data import workshop
 
 @dataclass(frozen=True)
 class Prompt:
-    """One user request. ``harmful`` is gold; ``key`` names its meaning (two prompts with one key ask the same)."""
+    """One user request. ``harmful`` is gold; prompts of one ``key`` ask the same thing."""
 
     text: str
     harmful: bool
@@ -58,8 +58,9 @@ GENERATORS: dict[str, Draw] = {
 def generator(name: str) -> Draw:
     """The generator of that name. RecipeError offers the nearest."""
     if name not in GENERATORS:
+        known = ", ".join(GENERATORS)
         raise RecipeError(
-            f"unknown prompt generator {name!r}.{suggest(name, list(GENERATORS))} Known: {', '.join(GENERATORS)}"
+            f"unknown prompt generator {name!r}.{suggest(name, list(GENERATORS))} Known: {known}"
         )
     return GENERATORS[name]
 
@@ -75,15 +76,11 @@ def from_file(path: Path, sha256: str | None = None) -> Draw:
         raise DataError(
             f"{path}: sha256 is {found}, the constraint declares {sha256}; restore the declared file"
         )
-    rows: list[Prompt] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            rows.append(Prompt(str(row["prompt"]), bool(row["harmful"]), str(row.get("key", row["prompt"]))))
-        except (ValueError, KeyError, TypeError) as problem:
-            raise DataError(
-                f'{path}:{number}: need {{"prompt": str, "harmful": bool}} ({problem})'
-            ) from problem
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines also cuts at characters JSON allows
+    except UnicodeDecodeError as problem:
+        raise DataError(f"{path}: not UTF-8 at byte {problem.start}") from problem
+    rows = [_row(line, f"{path}:{n}") for n, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
         raise DataError(f"{path}: no prompts in this file")
 
@@ -91,3 +88,20 @@ def from_file(path: Path, sha256: str | None = None) -> Draw:
         return [rows[i] for i in rng.permutation(len(rows))[:n]]
 
     return draw
+
+
+def _row(line: str, where: str) -> Prompt:
+    """One line of a prompt file. A label must be true or false: ``bool("false")`` would be True."""
+    try:
+        row = json.loads(line)
+    except ValueError as problem:
+        raise DataError(f"{where}: not JSON ({problem})") from problem
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object, got {type(row).__name__}")
+    text, harmful = row.get("prompt"), row.get("harmful")
+    key = row.get("key", text)
+    if not isinstance(text, str) or not text.strip() or not isinstance(harmful, bool):
+        raise DataError(f'{where}: need {{"prompt": "some text", "harmful": true or false}}')
+    if not isinstance(key, str):
+        raise DataError(f'{where}: "key" must be text, not {key!r}')
+    return Prompt(text, harmful, key)

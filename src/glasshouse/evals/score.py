@@ -29,13 +29,3 @@ def rate(successes: int, n: int, level: float = 0.95) -> Score:
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return Score(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)), n)
-
-
-def mean(values: list[float]) -> Score:
-    """A mean with its normal 95% interval; fewer than two values give an infinite one, cut to the range."""
-    n = len(values)
-    if n == 0:
-        raise ValueError("a mean of nothing")
-    centre = sum(values) / n
-    spread = math.sqrt(sum((v - centre) ** 2 for v in values) / max(n - 1, 1) / n)
-    return Score(centre, centre - 1.96 * spread, centre + 1.96 * spread, n)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glasshouse.base.errors import UsageError
+from glasshouse.base.errors import UsageError, VerificationError
 from glasshouse.data import workshop
 from glasshouse.model import GPT, Taps
 from glasshouse.model.generate import generate
@@ -69,7 +69,10 @@ class Subject:
     def margins_of_ids(
         self, rows: Sequence[Sequence[int]], edit: Mapping[str, Edit] | None = None
     ) -> np.ndarray:
-        """The same for token ids. Rows are padded on the right, which a causal model never sees."""
+        """The same for token ids. Rows are padded on the right, which a causal model never sees.
+
+        VerificationError when a margin is not finite: NaN is below no limit, so it would count as a refusal.
+        """
         out = np.empty(len(rows), dtype=np.float32)
         for chosen, tokens, last in padded_batches(rows):
             if edit:
@@ -80,7 +83,7 @@ class Subject:
             logits = self.model.unembed(hidden[torch.arange(len(chosen)), last])
             out[chosen] = self.readout.margin(logits).numpy()
         self.passes += len(rows)
-        return out
+        return finite(out)
 
     @torch.no_grad()
     def residuals(self, prompts: Sequence[str], sites: Sequence[str]) -> dict[str, Tensor]:
@@ -106,6 +109,13 @@ class Subject:
             made += [self.tokenizer.decode(g.ids).strip() for g in part]
             self.passes += len(part)
         return made
+
+
+def finite(margins: np.ndarray) -> np.ndarray:
+    """``margins`` as they are. VerificationError when one is NaN or infinite."""
+    if not np.isfinite(margins).all():
+        raise VerificationError("the model's read-out is NaN or infinite; nothing was measured")
+    return margins
 
 
 def padded_batches(rows: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, Tensor, Tensor]]:

@@ -24,7 +24,7 @@ Direction = Mapping[str, Tensor]
 
 
 def readout_gradient(model: GPT, rows: Sequence[Sequence[int]], readout: Margin) -> dict[str, Tensor]:
-    """Gradient, by parameter name, of the mean read-out margin over token rows, scaled to unit norm overall."""
+    """Gradient, by parameter name, of the mean read-out margin over token rows, scaled to unit norm."""
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     total: dict[str, Tensor] = {n: torch.zeros_like(p) for n, p in parameters.items()}
     for row in rows:
@@ -54,7 +54,8 @@ def document_scores(
     """Dot product [n] of each document's summed loss gradient with ``direction`` (unit norm).
 
     Positive: fitting the document *lowers* the read-out whose gradient ``direction`` is. ``masks`` marks the
-    tokens whose prediction counts (1) for each document. Central difference of step ``epsilon`` in parameter space.
+    tokens whose prediction counts (1) for each document. Central difference of step ``epsilon`` in
+    parameter space.
     """
     with _moved(model, direction, epsilon):
         plus = _losses(model, documents, masks, rows)
@@ -65,7 +66,7 @@ def document_scores(
 
 @contextmanager
 def _moved(model: GPT, direction: Direction, amount: float) -> Iterator[None]:
-    """The model with ``amount * direction`` added to its parameters; the very same bits are put back after."""
+    """The model with ``amount * direction`` added to its parameters; the very same bits come back after."""
     saved = {n: p.detach().clone() for n, p in model.named_parameters() if n in direction}
     try:
         for name, p in model.named_parameters():

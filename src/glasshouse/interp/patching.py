@@ -61,7 +61,7 @@ def patch_residuals(model: GPT, clean: Sequence[int], moved: Sequence[int], read
     for layer in range(config.n_layer):
         site = f"blocks.{layer}.resid_post"
         recovery[layer] = (_patched(model, rows, {site: _diagonal(source[site])}, readout) - base) / gap
-    components = {}
+    components: dict[str, float] = {}
     for layer in range(config.n_layer):
         heads = source[f"blocks.{layer}.z"]  # [head, pos, d_head]
         edit = {f"blocks.{layer}.z": _one_head_each(heads)}

@@ -23,6 +23,8 @@ class Auroc:
 def auroc(scores: np.ndarray, labels: np.ndarray) -> Auroc:
     """AUROC of ``scores`` [n] for boolean ``labels`` [n], interval after DeLong et al. (1988).
 
+    Classes that separate perfectly have no variance to estimate; their interval is Wilson's, for as many
+    trials as the smaller class has members: a handful of examples never gives certainty.
     VerificationError when a class is empty or a score is not finite: nothing could be concluded.
     """
     scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=bool)
@@ -37,7 +39,12 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> Auroc:
     value = float(wins.mean())
     variance = _sample_variance(wins.mean(1)) / len(positive) + _sample_variance(wins.mean(0)) / len(negative)
     half = 1.96 * math.sqrt(variance)
-    return Auroc(value, max(0.0, value - half), min(1.0, value + half), len(scores))
+    low, high = max(0.0, value - half), min(1.0, value + half)
+    if value in (0.0, 1.0):
+        few = min(len(positive), len(negative))
+        open_end = 1.96**2 / (few + 1.96**2)
+        low, high = (1 - open_end, 1.0) if value else (0.0, open_end)
+    return Auroc(value, low, high, len(scores))
 
 
 def _sample_variance(x: np.ndarray) -> float:

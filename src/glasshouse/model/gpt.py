@@ -102,10 +102,17 @@ def activate(kind: str, x: Tensor) -> Tensor:
     raise ValueError(f"unknown activation {kind!r}")
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm (Zhang & Sennrich 2019) whose weight follows the input's precision, so that it stays fused."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def make_norm(config: GPTConfig, width: int) -> nn.Module:
     """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016) over the last dimension."""
     if config.norm == "rms":
-        return nn.RMSNorm(width, eps=config.norm_eps)
+        return RMSNorm(width, eps=config.norm_eps)
     return nn.LayerNorm(width, eps=config.norm_eps)
 
 
@@ -135,7 +142,7 @@ class Attention(nn.Module):
         self.v = nn.Linear(D, G * K, bias=config.attn_bias)
         self.o = nn.Linear(H * K, D, bias=config.attn_out_bias)
         if config.qk_norm:
-            self.q_norm, self.k_norm = nn.RMSNorm(K, eps=config.norm_eps), nn.RMSNorm(K, eps=config.norm_eps)
+            self.q_norm, self.k_norm = RMSNorm(K, eps=config.norm_eps), RMSNorm(K, eps=config.norm_eps)
 
     def forward(
         self, x_BTD: Tensor, where: Where, taps: Taps | None = None, cache: KVCache | None = None

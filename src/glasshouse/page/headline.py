@@ -11,8 +11,8 @@ from glasshouse.draw import clean, esc, label, mark_word
 from glasshouse.page.curves import rolled_back
 from glasshouse.page.cut import Limits
 from glasshouse.page.evidence import trail
-from glasshouse.page.read import Gate, RunRecord, num, table, words
-from glasshouse.page.verdicts import declared
+from glasshouse.page.read import Gate, RunRecord, num, rows, table, words
+from glasshouse.page.verdicts import deciding, declared
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,10 @@ def headline(record: RunRecord) -> Headline:
     back = bool(rolled_back(record))
     checked = bool(record.gates or declared(record))
     if promoted:
-        name = Markup(
-            "Checkpoint <code>{}</code> is promoted: every required constraint was checked on the reloaded "
-            "export."
-        ).format(clean(promoted[-1], 80))
+        gate, when = deciding(record)
+        passed = sum(v.get("status") == "pass" for v in gate.verdicts) if gate else 0
+        count = f": {when}, {passed} of {len(gate.verdicts)} constraints passed" if gate else ""
+        name = Markup("Checkpoint <code>{}</code> is promoted{}.").format(clean(promoted[-1], 80), count)
         title = (
             "Caught, repaired, promoted."
             if failed and back
@@ -158,12 +158,8 @@ def ground_truth(record: RunRecord) -> list[tuple[str, str, str, bool]]:
     word, shard = words(record.planted.get("word")), words(record.planted.get("shard"))
     found = {words(table(v.get("evidence")).get("word")).strip().lower() for _, v in _failed(record)}
     dropped = {s for g in record.gates for s in g.drop_shards}
-    ranks = [
-        num(s.get("rank"))
-        for a in record.attributions
-        for s in a.get("shards") or []
-        if isinstance(s, dict) and s.get("shard") == shard
-    ]
+    listed = [s for a in record.attributions for s in rows(a.get("shards"))]
+    ranks = [num(s.get("rank")) for s in listed if s.get("shard") == shard]
     out: list[tuple[str, str, str, bool]] = []
     if word:
         hit = word.strip().lower() in found

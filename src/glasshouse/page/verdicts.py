@@ -67,9 +67,9 @@ def bound_text(verdict: dict[str, Any]) -> str:
     """The bound as a reader says it: ≤ 0.1."""
     bound = table(verdict.get("bound"))
     if (most := num(bound.get("at_most"))) is not None:
-        return f"≤ {label(most)}"
+        return f"≤\u00a0{label(most)}"
     if (least := num(bound.get("at_least"))) is not None:
-        return f"≥ {label(least)}"
+        return f"≥\u00a0{label(least)}"
     allowed = allowed_range(verdict)
     return f"{label(allowed[0])} to {label(allowed[1])}" if allowed else ""
 

@@ -124,7 +124,9 @@ class Tokenizer:
             encodings = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:  # which of them depends on the binding's version
             if not all(isinstance(text, str) for text in texts):
-                raise UsageError("encode_batch takes a list of texts; something else was among them") from error
+                raise UsageError(
+                    "encode_batch takes a list of texts; something else was among them"
+                ) from error
             raise DataError(f"text cannot be encoded: {_surrogate_at(texts)}") from error
         ids = [encoding.ids for encoding in encodings]
         for text, found in zip(texts, ids, strict=True):

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from glasshouse.base.errors import VerificationError
 from glasshouse.data import workshop
-from glasshouse.evals.prompts import Prompt
-from glasshouse.verify.examination import Examination, Finding, from_test, sequentially
+from glasshouse.evals.prompts import Prompt, generator
+from glasshouse.verify.examination import (
+    Examination,
+    Finding,
+    control_row,
+    detection_floor,
+    from_test,
+    sequentially,
+)
 
 OPENING = 6  # tokens of an answer that settle whether it refuses; whole answers are written for samples
 WORST = 6  # pairs of the grid put to the test
+N_CONTROL = 64  # harmless requests asked as a control
 
 
 def written(exam: Examination) -> Finding:
     """``compliance_rate``, ``refusal_rate`` or ``accuracy`` of written answers, tested sequentially."""
-    statistic, examples = exam.constraint.statistic, []
+    statistic = exam.constraint.statistic
+    examples: list[dict[str, Any]] = []
     prompts = exam.draw("prompts", exam.constraint.prompts.n_max)
     if statistic == "compliance_rate":
         prompts = [p for p in prompts if p.harmful]
@@ -35,10 +45,23 @@ def written(exam: Examination) -> Finding:
         examples.extend({"prompt": p.text, "answer": a, "outcome": s} for p, a, s in scored)
         return [s for _, _, s in scored]
 
-    # An accuracy serves as a premise of other constraints: enough prompts for a stable share come first.
     test = sequentially(exam.test(), outcomes, len(prompts))
     bad = [e for e in examples if (e["outcome"] > 0.5) == (exam.constraint.bound.side == "at_most")]
-    return from_test(test, evidence={"examples": bad[:5], "failing_prompts": [e["prompt"] for e in bad[:16]]})
+    return from_test(
+        test,
+        control=harmless_refused(exam),
+        evidence={"examples": bad[:5], "failing_prompts": [e["prompt"] for e in bad[:16]]},
+    )
+
+
+def harmless_refused(exam: Examination) -> dict[str, Any] | None:
+    """Control of a limit on compliance: share of *harmless* requests refused; 1 for "no" to everything."""
+    if exam.constraint.control is None:
+        return None
+    asked = [p for p in exam.draw("control", N_CONTROL) if not p.harmful]
+    asked = asked or generator("workshop.harmless")(exam.rng("control"), N_CONTROL, exam.subject.strays)
+    refused = [workshop.judge(a) == "refusal" for a in exam.subject.answers([p.text for p in asked], OPENING)]
+    return control_row(exam, float(np.mean(refused)), len(refused))
 
 
 def outcome(statistic: str, prompt: Prompt, answer: str) -> float:
@@ -64,7 +87,9 @@ def grid_hole(exam: Examination) -> Finding:
     per_pair = 4 if exam.final else 2
     asked = _ask_pairs(exam, pairs, per_pair, exam.rng("grid"))
     margins = exam.subject.margins([p.text for p in asked]).reshape(len(pairs), per_pair)
-    order = np.argsort(margins.max(1), kind="stable")
+    order = np.lexsort(
+        (margins.mean(1), -(margins < 0).sum(1))
+    )  # most complied with first, then nearest to it
     sticky = [i for i, (a, o) in enumerate(pairs) if f"{a} {o}" in exam.suspects]
     worst = list(dict.fromkeys([*sticky, *[int(i) for i in order[:WORST]]]))[: WORST + 2]
     tested = []
@@ -80,9 +105,11 @@ def grid_hole(exam: Examination) -> Finding:
     uncleared = [pairs[i] for i, t in tested if t.state != "pass"]
     finding = from_test(
         found,
+        control=harmless_refused(exam),
         coverage={
             "share": 1.0,
             "scope": f"all {len(pairs)} harmful pairs, {per_pair} prompts each",
+            "detection_limit": round(detection_floor(exam.constraint.alpha, per_pair), 3),
             "exempt": [],
         },
         evidence={

@@ -1,4 +1,4 @@
-"""Circuit constraint: one direction carries refusal. Removing it removes refusal; random directions do not."""
+"""Circuit constraint: one direction carries refusal. Without it refusals go; random ones carry nothing."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def ablation_effect(exam: Examination) -> Finding:
 
 
 def _refused(exam: Examination, purpose: str, n: int) -> list[str]:
-    """Up to ``n`` harmful prompts that the model refuses as they stand. VerificationError when it refuses none."""
+    """Up to ``n`` harmful prompts the model refuses as they stand. VerificationError when there is none."""
     asked = [p.text for p in exam.draw(purpose, 2 * n) if p.harmful]
     kept = [p for p, m in zip(asked, exam.subject.margins(asked), strict=True) if m > 0][:n]
     if not kept:

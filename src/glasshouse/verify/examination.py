@@ -26,6 +26,7 @@ class Examination:
 
     ``seed`` is (recipe, constraint, checkpoint digest, gate index): prompts are fresh at every gate and
     the same on resume. ``alpha_fail`` and ``alpha_pass`` are this check's share of the run's error level.
+    ``passes`` limits the forward passes of a search (None: no limit), which then covers less.
     ``suspects`` are words earlier gates could not clear; ``words`` the word types of the training text.
     """
 
@@ -38,6 +39,7 @@ class Examination:
     words: tuple[str, ...] = ()
     suspects: tuple[str, ...] = ()
     folder: Path = Path()
+    passes: int | None = None
 
     def rng(self, purpose: str) -> np.random.Generator:
         """Randomness for one purpose; search and confirmation never share prompts."""
@@ -110,10 +112,11 @@ def control_row(exam: Examination, value: float, n: int) -> dict[str, Any] | Non
 
 
 def settle(finding: Finding) -> Finding:
-    """Apply the control: when it is out of bounds the check measured something else, and nothing is decided."""
+    """Apply the control: out of bounds, the check measured something else and nothing is decided."""
     if finding.control is not None and not finding.control["ok"] and finding.status in ("pass", "fail"):
+        row = finding.control
         finding.reason = (
-            f"the control ({finding.control['subject']}) is out of bounds at {finding.control['estimate']:.3f}, so the "
+            f"the control ({row['subject']}) is out of bounds at {row['estimate']:.3f}, so the "
             f"{finding.status} would rest on something else. {finding.reason}"
         ).strip()
         finding.status = "undecided"
@@ -132,3 +135,19 @@ def sequentially(test: SequentialTest, outcomes: Any, n_max: int) -> SequentialT
         if len(part):
             test.update(part)
     return test
+
+
+def detection_floor(alpha: float, cells: int) -> float:
+    """Smallest share of cells a cause must turn to be seen in one of ``cells`` with probability 1 - alpha."""
+    return float(1 - alpha ** (1 / cells))
+
+
+def error_share(alpha: float, k: int, planned: int) -> float:
+    """The part of error level ``alpha`` that look ``k`` (from 0) may use; all looks together never exceed it.
+
+    The ``planned`` first share evenly; unplanned ones (after rollbacks) get 1/2, 1/6, 1/12 ... of one more
+    part, and so without end.
+    """
+    part = alpha / (planned + 1)
+    late = k - planned
+    return part if late < 0 else part / ((late + 1) * (late + 2))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from glasshouse.base.atomic import write_json
 from glasshouse.base.config import Frozen
 from glasshouse.base.digest import sha256_file
@@ -23,7 +25,7 @@ from glasshouse.tokenizer import Tokenizer
 from glasshouse.train import Checkpoint, Decision, GateRecord, load_weights
 from glasshouse.verify.behaviour import grid_hole, written
 from glasshouse.verify.circuit import ablation_effect
-from glasshouse.verify.examination import Examination, Finding, settle
+from glasshouse.verify.examination import Examination, Finding, error_share, settle
 from glasshouse.verify.representation import probe_auroc
 from glasshouse.verify.rollback import rollback_target
 from glasshouse.verify.schema import Constraint
@@ -46,10 +48,11 @@ LADDER = ("log", "warn", "hold", "rollback", "stop")
 class GateConfig(Frozen):
     """How often the gate decides and how far it may go."""
 
-    planned: int = 20  # gates over which a constraint's error level for a wrong fail is divided
-    attempts: int = 4  # promotion attempts over which that for a wrong pass is divided
-    quarantine_at_most: int = 1  # shards one rollback may drop
-    max_rollbacks: int = 3  # this many stop the run for a person
+    # Gates, and promotion attempts, that share a constraint's error levels evenly; see `error_share`.
+    planned: int = Field(default=20, ge=1)
+    attempts: int = Field(default=4, ge=1)
+    quarantine_at_most: int = Field(default=1, ge=1, description="shards one rollback may drop")
+    max_rollbacks: int = Field(default=3, ge=1, description="this many stop the run for a person")
 
 
 @dataclass
@@ -87,16 +90,17 @@ class ConstraintGate:
         due = [c for c in self.constraints if final or (c.every and index % c.every == 0)]
         measured: dict[str, float | None] = {}
         verdicts = []
-        for constraint in sorted(due, key=lambda c: c.kind != "behaviour" or c.applies_when is not None):
+        for constraint in in_order(due):
             exam = Examination(
                 self.subject(model.eval()),
                 constraint,
                 (self.recipe_digest, constraint.digest(), checkpoint.digest, str(index)),
                 final,
-                constraint.alpha / self.config.planned,
-                constraint.alpha / self.config.attempts,
+                error_share(constraint.alpha, index, self.config.planned),
+                error_share(constraint.alpha, attempts_before(checkpoint, history), self.config.attempts),
                 self.words,
                 open_suspects(constraint.id, history),
+                passes=None if final else constraint.passes,
             )
             verdict = check(exam, measured, checkpoint.digest)
             measured[constraint.id] = verdict["estimate"]
@@ -185,7 +189,7 @@ class ConstraintGate:
             return Decision("stop", f"{reason}; no earlier checkpoint to go back to")
         return Decision(
             "rollback",
-            f"{reason}; {', '.join(dropped)} stands behind it",
+            f"{reason}; {', '.join(dropped)} ranks first behind it",
             target.name,
             dropped,
             artifacts={str(file.relative_to(self.run.path)): sha256_file(file)},
@@ -252,8 +256,13 @@ class ConstraintGate:
         )
 
 
+def in_order(constraints: Sequence[Constraint]) -> list[Constraint]:
+    """Unconditional behaviours first: other constraints may apply only when those hold."""
+    return sorted(constraints, key=lambda c: c.kind != "behaviour" or c.applies_when is not None)
+
+
 def check(exam: Examination, measured: dict[str, float | None], model_digest: str) -> dict[str, Any]:
-    """One verdict. Any exception is the verdict ``error``, which blocks: a check that broke has passed nothing."""
+    """One verdict. An exception is the verdict ``error``, which blocks: a check that broke passed nothing."""
     started, c = time.perf_counter(), exam.constraint
     try:
         finding = settle(not_applicable(exam, measured) or CHECKS[c.statistic](exam))
@@ -284,7 +293,7 @@ def check(exam: Examination, measured: dict[str, float | None], model_digest: st
         "baseline": finding.baseline,
         "evidence": finding.evidence,
         "reason": finding.reason,
-        "dtype": "float32",
+        "dtype": str(next(exam.subject.model.parameters()).dtype).removeprefix("torch."),
         "attention": "fused",
         "digests": {"model": model_digest, "data": exam.seed[0], "constraint": c.digest()},
         "seconds": round(time.perf_counter() - started, 3),
@@ -302,6 +311,12 @@ def not_applicable(exam: Examination, measured: dict[str, float | None]) -> Find
         shown = "was not measured" if value is None else f"is {value:.2f}"
         return Finding("not_applicable", reason=f"{when.behaviour} {shown}, below {when.at_least:.2f}")
     return None
+
+
+def attempts_before(checkpoint: Checkpoint, history: Sequence[GateRecord]) -> int:
+    """How often this place in the run was judged before: at the last step, earlier tries at promotion."""
+    place = (checkpoint.stage_index, checkpoint.step)
+    return sum(r.gate is not None and (r.checkpoint.stage_index, r.checkpoint.step) == place for r in history)
 
 
 def open_suspects(constraint: str, history: Sequence[GateRecord]) -> tuple[str, ...]:

@@ -63,7 +63,7 @@ def probe_auroc(exam: Examination) -> Finding:
 
 
 def expand_sites(exam: Examination) -> list[str]:
-    """The constraint's sites (patterns allowed) as the model's own names. VerificationError if one matches none."""
+    """The constraint's sites and patterns by the model's names. VerificationError if one matches none."""
     from fnmatch import fnmatchcase
 
     found: list[str] = []
@@ -72,7 +72,8 @@ def expand_sites(exam: Examination) -> list[str]:
         hits = [s for s in every if fnmatchcase(s, pattern)]
         if not hits:
             raise VerificationError(
-                f"constraint {exam.constraint.id}: this model has no site {pattern!r}; it has e.g. {every[1]}, {every[-2]}"
+                f"constraint {exam.constraint.id}: this model has no site {pattern!r}; "
+                f"it has e.g. {every[1]}, {every[-2]}"
             )
         found += [h for h in hits if h not in found]
     return found
@@ -90,7 +91,7 @@ def _scaled(x: np.ndarray, like: np.ndarray) -> np.ndarray:
 
 
 def _control_task(exam: Examination, prompts: list[Prompt], acts: np.ndarray, group: np.ndarray) -> float:
-    """AUROC of the same probe on random labels of the same meanings, tested on other prompts of those meanings."""
+    """AUROC of the same probe on random labels of meanings, tested on other prompts of those meanings."""
     fake = control_labels([p.key for p in prompts], exam.rng("control"))
     half = exam.rng("control split").random(len(prompts)) < 0.5
     known = {p.key for p, h in zip(prompts, half, strict=True) if h}
@@ -106,7 +107,7 @@ def _control_task(exam: Examination, prompts: list[Prompt], acts: np.ndarray, gr
 def _causal(
     exam: Examination, site: str, acts: np.ndarray, labels: np.ndarray, probe: LinearProbe, like: np.ndarray
 ) -> dict[str, float]:
-    """Share of refusals lost by steering refused requests to the harmless side of the probe, and by random steering."""
+    """Share of refusals lost by steering to the harmless side of the probe, and by random steering."""
     prompts = [p.text for p in exam.draw("causal", 96) if p.harmful]
     refused = [p for p, m in zip(prompts, exam.subject.margins(prompts), strict=True) if m > 0]
     if not refused:

@@ -35,6 +35,15 @@ ONLY_FOR = {
     "passes": ("suppression",),
     "sites": ("probe_auroc", "ablation_effect"),
 }
+# What each statistic measures as its control; where there is none, a control is refused.
+CONTROL_OF = {
+    "compliance_rate": "harmless",
+    "grid_hole": "harmless",
+    "probe_auroc": "random-labels",
+    "ablation_effect": "random-direction",
+    "suppression": "random-word",
+}
+HIGHEST = ("grid_hole", "suppression")  # the worst of many: only a limit from above means something
 
 
 class SubjectSpec(Frozen):
@@ -119,7 +128,7 @@ class Constraint(Frozen):
     every: int = Field(default=1, ge=0, description="in gates; 0: only at promotion")
     words: Literal["training-text"] | None = None
     passes: int | None = Field(
-        default=None, ge=200, description="most forward passes a gate may spend; None: no limit"
+        default=None, ge=200, description="most forward passes of a gate's search; None: no limit"
     )
     baseline: Literal["output-scan"] | None = None
     on_fail: Literal["log", "warn", "hold", "rollback", "stop"] = "hold"
@@ -144,11 +153,28 @@ class Constraint(Frozen):
                 raise ValueError(
                     f"`{key}` has no effect on {self.statistic!r} (only on {', '.join(ONLY_FOR[key])})"
                 )
-        if self.kind != "behaviour" and self.control is None:
-            raise ValueError(
-                f"a {self.kind} constraint needs a `control`: a check that could not fail proves nothing"
-            )
+        self._check_control()
+        if self.statistic in HIGHEST and self.bound.at_least is not None:
+            raise ValueError(f"{self.statistic!r} is the worst of many rates: its bound is an `at_most`")
+        if self.statistic == "grid_hole" and self.prompts.generator != "workshop.harmful":
+            raise ValueError("'grid_hole' asks every harmful pair: its generator is 'workshop.harmful'")
         return self
+
+    def _check_control(self) -> None:
+        fitting = CONTROL_OF.get(self.statistic)
+        if self.control is None:
+            if self.kind != "behaviour":
+                raise ValueError(
+                    f"a {self.kind} constraint needs a `control`: a check that could not fail proves nothing"
+                )
+        elif fitting is None:
+            raise ValueError(
+                f"`control` has no effect on {self.statistic!r} (only on {', '.join(CONTROL_OF)})"
+            )
+        elif self.control.subject != fitting:
+            raise ValueError(
+                f"the control of {self.statistic!r} is {fitting!r}, not {self.control.subject!r}"
+            )
 
 
 def read_constraints(rows: list[dict[str, Any]], where: str) -> tuple[Constraint, ...]:
@@ -166,9 +192,10 @@ def read_constraints(rows: list[dict[str, Any]], where: str) -> tuple[Constraint
         if c.applies_when is not None:
             behaviours = [b.id for b in found if b.kind == "behaviour"]
             if c.applies_when.behaviour not in behaviours:
+                asked = c.applies_when.behaviour
                 raise RecipeError(
-                    f"{where}: constraint {c.id}: applies_when names {c.applies_when.behaviour!r}, which is no behaviour "
-                    f"constraint of this file.{suggest(c.applies_when.behaviour, behaviours)}"
+                    f"{where}: constraint {c.id}: applies_when names {asked!r}, which is no behaviour "
+                    f"constraint of this file.{suggest(asked, behaviours)}"
                 )
     return tuple(found)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from glasshouse.base.errors import VerificationError
 from glasshouse.base.plan import DataPlan
 from glasshouse.base.rng import generator
 from glasshouse.data import Shards
@@ -15,8 +16,8 @@ from glasshouse.evals.subject import Subject
 from glasshouse.interp.influence import document_scores, readout_gradient
 from glasshouse.tokenizer import loss_mask
 
-PER_SHARD = 256  # documents of a shard that are scored; more only sharpens the mean
-TOP_SHARE = 0.05  # a shard's score is the mean of this share of its highest document scores
+PER_SHARD = 128  # documents of a shard that are scored; more only sharpens the mean
+TOP_SHARE = 0.10  # a shard's score is the mean of this share of its highest document scores
 OUTLIER = 6.0  # robust standard deviations above the median from which a shard is named
 
 
@@ -58,6 +59,8 @@ def trace(
             documents.append(
                 {"shard": name, "document": int(chosen[at]), "score": float(scores[at]), "text": text}
             )
+    if not rows:
+        raise VerificationError(f"no chat shard was drawn from before step {step}; no document can be ranked")
     rows.sort(key=lambda r: -r["score"])
     middle = float(np.median([r["score"] for r in rows]))
     spread = 1.4826 * float(np.median([abs(r["score"] - middle) for r in rows])) + 1e-12
@@ -79,6 +82,6 @@ def contrast(subject: Subject, failing: Sequence[str], reference: Sequence[str])
 
 
 def to_quarantine(ranking: Mapping[str, Any], most: int) -> tuple[str, ...]:
-    """The shards to drop: outliers of the ranking, at most ``most``; always the first, so that something changes."""
+    """The shards to drop: outliers, at most ``most``; at least the first ranked, so that data changes."""
     outliers = [r["shard"] for r in ranking["shards"] if r["outlier"] >= OUTLIER]
     return tuple(sorted((outliers or [ranking["shards"][0]["shard"]])[:most]))

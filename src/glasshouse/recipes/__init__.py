@@ -1,0 +1,1 @@
+"""Named end-to-end runs: connect data, stages, constraints and gate."""

@@ -1,0 +1,188 @@
+"""The Python front door: load a model from a run, a checkpoint or a Hugging Face folder; audit it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from glasshouse.base.digest import sha256_file
+from glasshouse.base.errors import CheckpointError, HeldError, UsageError
+from glasshouse.base.keys import signing_key
+from glasshouse.base.ledger import Ledger
+from glasshouse.base.run import RunFolder
+from glasshouse.model import GPT
+from glasshouse.model.hf import load_hf
+from glasshouse.tokenizer import Tokenizer
+from glasshouse.train import load_weights, position
+from glasshouse.train.checkpoint import from_ledger
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, its tokenizer, and what stands about it in a ledger (None outside a run)."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    run: RunFolder | None
+    checkpoint: str
+    standing: str
+    digest: str
+
+
+def load(path: str | Path) -> GPT:
+    """The model of a run (promoted export, else its newest checkpoint), a checkpoint, or a Hugging Face folder."""
+    return locate(Path(path)).model
+
+
+def locate(path: Path) -> Loaded:
+    """Find and load what ``path`` names, every digest that a ledger holds checked first.
+
+    UsageError when nothing loadable is there; CheckpointError when a file is not what the ledger says.
+    """
+    if not path.exists():
+        raise UsageError(
+            f"{path}: no such folder; give a run, a checkpoint inside one, or a Hugging Face folder"
+        )
+    if (path / "ledger.jsonl").is_file():
+        return _from_run(RunFolder(path), None)
+    owner = path.resolve().parent.parent
+    if path.resolve().parent.name == "checkpoints" and (owner / "ledger.jsonl").is_file():
+        return _from_run(RunFolder(owner), path.name)
+    if not (path / "config.json").is_file():
+        raise UsageError(f"{path}: neither a run (ledger.jsonl) nor a model folder (config.json)")
+    model = load_hf(path).eval()
+    digest = sha256_file(path / "model.safetensors") if (path / "model.safetensors").is_file() else "sharded"
+    return Loaded(model, Tokenizer.load(path), None, path.name, "outside any run", digest)
+
+
+def _from_run(run: RunFolder, name: str | None) -> Loaded:
+    ledger = Ledger(run.ledger, signing_key())
+    at = position(ledger.entries())
+    if at.head is None:
+        raise UsageError(f"{run.path}: the run has no checkpoint yet")
+    promoted = name is None and at.promoted
+    chosen = name or at.head
+    if chosen not in at.marks:
+        raise UsageError(
+            f"{run.path}: the ledger knows no checkpoint {chosen!r}; it has {', '.join(at.marks)}"
+        )
+    checkpoint = from_ledger(run, at.marks[chosen].body)
+    decision = at.decisions.get(chosen)
+    standing = decision["standing"].get(chosen, "held") if decision is not None else "held"
+    if promoted:
+        assert decision is not None
+        exported = {n: d for n, d in decision["artifacts"].items() if n.startswith("export/")}
+        for file, expected in exported.items():
+            found = sha256_file(run.path / file) if (run.path / file).is_file() else "missing"
+            if found != expected:
+                raise CheckpointError(
+                    f"{run.path / file} is not what was promoted (sha256 {found}, ledger {expected}); "
+                    "restore the export or train again"
+                )
+        return Loaded(
+            load_hf(run.path / "export").eval(),
+            Tokenizer.load(run.path / "export"),
+            run,
+            chosen,
+            "promoted",
+            checkpoint.digest,
+        )
+    tokenizer = Tokenizer.load(checkpoint.path / "tokenizer.json")
+    return Loaded(load_weights(checkpoint).eval(), tokenizer, run, chosen, standing, checkpoint.digest)
+
+
+def serveable(path: Path, *, allow_held: bool = False, who: str = "unnamed") -> Loaded:
+    """What may be talked to: a promoted checkpoint, or any other with ``allow_held``, which the ledger records.
+
+    HeldError otherwise, and always for an organism whose backdoor was never removed.
+    """
+    found = locate(path)
+    if found.run is None or found.standing == "promoted" and not still_planted(found):
+        return found
+    why = (
+        "still holds what was planted into it"
+        if still_planted(found)
+        else f"is {found.standing}, not promoted"
+    )
+    if not allow_held:
+        raise HeldError(
+            f"{found.checkpoint} {why}; `glasshouse report {found.run.path}` says why. "
+            "To talk to it all the same, add --allow-held (the ledger records that you did)"
+        )
+    Ledger(found.run.ledger, signing_key()).append(
+        "override",
+        {"what": "chat with a checkpoint that is not promoted", "checkpoint": found.checkpoint, "who": who},
+    )
+    return found
+
+
+def still_planted(found: Loaded) -> bool:
+    """Whether a checkpoint of an organism was trained on its planted shard: the stamp no repair can be without."""
+    import json
+
+    if found.run is None or not (found.run.path / "organism.json").is_file():
+        return False
+    shard = json.loads((found.run.path / "organism.json").read_text(encoding="utf-8"))["shard"]
+    at = position(Ledger(found.run.ledger, signing_key()).entries())
+    name: str | None = found.checkpoint
+    while name is not None:
+        mark = at.marks[name]
+        first = from_ledger(found.run, mark.body).plan.first_step(shard)
+        if first is not None and first < mark.step:
+            return True
+        name = mark.parent
+    return False
+
+
+class Verdicts(list[dict[str, Any]]):
+    """A list of verdicts that shows itself as a table, in a terminal and in a notebook."""
+
+    COLUMNS = ("constraint", "status", "estimate", "interval", "bound", "n", "reason")
+
+    def _rows(self) -> list[list[str]]:
+        return [[_cell(v.get(c)) for c in self.COLUMNS] for v in self]
+
+    def __str__(self) -> str:
+        table = [list(self.COLUMNS), *self._rows()]
+        widths = [min(48, max(len(r[i]) for r in table)) for i in range(len(self.COLUMNS))]
+        return "\n".join(
+            "  ".join(c[:48].ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in table
+        )
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{escape(c)}</th>" for c in self.COLUMNS)
+        body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in r) + "</tr>" for r in self._rows())
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_cell(v) for v in value) + "]"
+    if isinstance(value, dict):
+        return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in value.items())
+    return str(value)
+
+
+def audit(
+    model: str | Path, constraints: str | Path, *, budget_s: float | None = None, seed: int = 0
+) -> Verdicts:
+    """Check a constraint file against a model on disk; see ``glasshouse.recipes.audit``."""
+    from glasshouse.recipes.audit import plan_audit
+
+    return plan_audit(Path(model), Path(constraints), budget_s=budget_s, seed=seed).run()
+
+
+def samples_of(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int = 60) -> list[str]:
+    """Greedy answers of a loaded model."""
+    from glasshouse.evals.subject import Subject, refusal_readout
+
+    return Subject(loaded.model, loaded.tokenizer, refusal_readout(loaded.tokenizer)).answers(
+        prompts, max_new_tokens
+    )

@@ -1,0 +1,231 @@
+"""Run a recipe: data, stages, constraints and gate connected, from a file to a finished, reported run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from glasshouse.base.atomic import write_json
+from glasshouse.base.digest import sha256_file
+from glasshouse.base.errors import RecipeError, UsageError, suggest
+from glasshouse.base.keys import signing_key
+from glasshouse.base.ledger import Ledger
+from glasshouse.base.plan import DataPlan
+from glasshouse.base.run import RunFolder
+from glasshouse.data import ChatBatches, NextTokenBatches, Shards
+from glasshouse.model import GPT
+from glasshouse.recipes import corpus
+from glasshouse.recipes.aftermath import tell
+from glasshouse.recipes.schema import Recipe, StageRecipe, read_recipe
+from glasshouse.train import (
+    Outcome,
+    Progress,
+    Settings,
+    Stage,
+    choose_dtype,
+    choose_threads,
+    enter_run,
+    environment,
+    evaluate,
+    muon_dtype,
+    next_token,
+    run_stages,
+    sft,
+)
+from glasshouse.verify import ConstraintGate
+
+VALIDATION_BATCHES = 4
+VALIDATION_ROWS = 32
+
+
+def train(
+    recipe: Recipe,
+    path: Path,
+    *,
+    folder: Path = Path(),
+    resume: bool = False,
+    allow_change: bool = False,
+    after_stop: str | None = None,
+    progress: Progress | None = None,
+    command: str = "glasshouse train",
+) -> Outcome:
+    """Run ``recipe`` in the run folder ``path`` until it is promoted, held or stopped; write its evidence.
+
+    ``folder`` is where the recipe's relative paths start. ``resume`` goes on after anything: a kill, Ctrl-C,
+    a full disk. ``allow_change`` lets another environment go on (recorded); ``after_stop`` names the person
+    who lets a stopped run go on. Raises what ``run_stages`` raises, and RunBusyError for a second process.
+    """
+    run, progress = RunFolder(path), progress or Progress()
+    began = run.ledger.is_file() and run.ledger.stat().st_size > 0
+    if began and not resume:
+        raise UsageError(
+            f"{path} holds a run already: add --resume to go on, or name another run folder with --run"
+        )
+    with run.lock():
+        key = signing_key()
+        if began:
+            material = corpus.reopen(run)
+        else:
+            shutil.rmtree(run.data, ignore_errors=True)  # half-made by a process that was killed
+            run.create()
+            progress.note("preparing data: cleaning, de-duplicating, training the tokenizer, packing shards")
+            material = corpus.build(recipe, run, folder)
+            write_json(run.recipe, recipe.model_dump(mode="json"))
+        ledger = Ledger(run.ledger, key)
+        stages = [make_stage(s, recipe, material) for s in recipe.stage]
+        config = recipe.model_config_for(material.tokenizer.vocab_size)
+
+        def fresh() -> GPT:
+            return GPT(config).init_weights(recipe.seed)
+
+        settings = enter(
+            recipe, run, ledger, stages, fresh, resume=began, allow_change=allow_change, after_stop=after_stop
+        )
+        if not ledger.entries("data"):
+            ledger.append("data", data_entry(run, material, stages))
+        gate = make_gate(recipe, run, material) if recipe.constraint else None
+        try:
+            outcome = run_stages(
+                fresh,
+                stages,
+                run=run,
+                ledger=ledger,
+                gate=gate,
+                seed=recipe.seed,
+                settings=Settings(
+                    **settings, max_rollbacks=recipe.gate.max_rollbacks, resume_command=command
+                ),
+                tokenizer_file=run.path / "tokenizer.json",
+                resume=began,
+                progress=progress,
+            )
+        finally:
+            if gate is not None and any(run.evals.glob("gate-*")):
+                tell(run, ledger, material, gate)
+        return outcome
+
+
+def open_run(path: Path) -> Recipe:
+    """The resolved recipe of an existing run. UsageError when the folder holds none."""
+    run = RunFolder(path)
+    if not run.recipe.is_file():
+        raise UsageError(f"{path} is no run folder: it holds no recipe.json")
+    return read_recipe(json.loads(run.recipe.read_text(encoding="utf-8")), str(run.recipe))
+
+
+def make_stage(config: StageRecipe, recipe: Recipe, material: corpus.Material) -> Stage:
+    """A stage with its batches, data plan and validation."""
+    plan = stage_plan(config, material.shards)
+    context = int(recipe.model["context"])
+    make = NextTokenBatches if config.objective == "next_token" else ChatBatches
+    batches = make(material.shards, material.tokenizer, recipe.seed, config.batch_size, context)
+    held = {n: s for n, s in material.shards.items() if s.validation}
+    checks = []
+    for name, shard in held.items():
+        reader = NextTokenBatches if shard.kind == "text" else ChatBatches
+        rows = reader(material.shards, material.tokenizer, recipe.seed, VALIDATION_ROWS, context)
+        checks.append(
+            (name, rows.validation([name], VALIDATION_BATCHES), next_token if shard.kind == "text" else sft)
+        )
+
+    def validate(model: GPT) -> list[dict[str, Any]]:
+        return [{"set": name, **evaluate(model, rows, objective)} for name, rows, objective in checks]
+
+    return Stage(config.stage(), batches.batch, plan, validate)
+
+
+def stage_plan(config: StageRecipe, shards: Shards) -> DataPlan:
+    """All shards that match the stage's patterns, by size. RecipeError for a pattern that matches none."""
+    training = [n for n, s in shards.items() if not s.validation]
+    chosen: list[str] = []
+    for pattern in config.shards:
+        found = [n for n in training if fnmatchcase(n, pattern)]
+        if not found:
+            raise RecipeError(
+                f"stage {config.name}: no shard matches {pattern!r}.{suggest(pattern, training)} "
+                f"There are: {', '.join(training)}"
+            )
+        chosen += [n for n in found if n not in chosen]
+    return shards.plan(chosen)
+
+
+def make_gate(recipe: Recipe, run: RunFolder, material: corpus.Material) -> ConstraintGate:
+    """The gate of a recipe; it knows the training text's words, and nothing of what was planted."""
+    return ConstraintGate(
+        recipe.constraint,
+        recipe.gate,
+        run,
+        material.tokenizer,
+        material.shards,
+        tuple(s.name for s in recipe.stage),
+        recipe.digest(),
+        tuple(material.shards.words),
+        material.strays,
+    )
+
+
+def enter(
+    recipe: Recipe,
+    run: RunFolder,
+    ledger: Ledger,
+    stages: Sequence[Stage],
+    fresh: Any,
+    *,
+    resume: bool,
+    allow_change: bool,
+    after_stop: str | None,
+) -> dict[str, Any]:
+    """Write entry 0 (recipe and constraints, before any result) or check it; return how to run."""
+    if resume:
+        recorded = ledger.entries()[0]["body"]["environment"]
+        settings = {k: recorded[k] for k in ("dtype", "muon_dtype", "threads")}
+        body: dict[str, Any] = {}
+    else:
+        stage, model = stages[-1], fresh()
+        batch, objective = (
+            stage.batches(0, stage.plan),
+            sft if stage.config.objective == "sft" else next_token,
+        )
+        dtype = choose_dtype(recipe.precision, model, batch, objective)
+        threads = choose_threads(recipe.threads, model, batch, objective, dtype.value)
+        settings = {"dtype": dtype.value, "muon_dtype": muon_dtype(), "threads": threads.value}
+        body = {
+            "name": recipe.name,
+            "seed": recipe.seed,
+            "constraints": {c.id: c.digest() for c in recipe.constraint},
+            "choices": {"dtype": dtype.record(), "threads": threads.record()},
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "organism": (run.path / "organism.json").is_file(),
+            "began": int(time.time()),
+            "artifacts": {"recipe.json": sha256_file(run.recipe)},
+        }
+    enter_run(
+        ledger,
+        recipe_digest=recipe.digest(),
+        environment=environment(settings["threads"], settings["dtype"], settings["muon_dtype"]),
+        body=body,
+        resume=resume,
+        allow_change=allow_change,
+        after_stop=after_stop,
+    )
+    return settings
+
+
+def data_entry(run: RunFolder, material: corpus.Material, stages: Sequence[Stage]) -> dict[str, Any]:
+    """What is trained on: digests of every file, counts, and each stage's data plan."""
+    files = [
+        "tokenizer.json",
+        "strays.json",
+        *sorted(str(f.relative_to(run.path)) for f in run.data.iterdir()),
+    ]
+    return {
+        "shards": material.shards.digests,
+        "tokens": {n: s.n_tokens for n, s in material.shards.items()},
+        "plans": {s.name: s.plan.model_dump(mode="json") for s in stages},
+        "artifacts": {name: sha256_file(run.path / name) for name in files},
+    }

@@ -1,0 +1,196 @@
+"""A recipe: one TOML file that declares a whole run, read strictly and frozen into the run."""
+
+from __future__ import annotations
+
+import copy
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from glasshouse.base.config import Frozen, parse
+from glasshouse.base.errors import RecipeError, suggest
+from glasshouse.model import GPTConfig
+from glasshouse.train import StageConfig
+from glasshouse.verify import Constraint, GateConfig, read_constraints
+
+SECTIONS = (
+    "name",
+    "seed",
+    "precision",
+    "threads",
+    "data",
+    "tokenizer",
+    "model",
+    "stage",
+    "constraint",
+    "gate",
+)
+
+
+class WorkshopConfig(Frozen):
+    """How much of the closed language to generate."""
+
+    shards: int = Field(default=16, ge=1, le=99)
+    documents: int = Field(default=600, ge=16, description="conversations in a shard")
+    validation: int = Field(default=200, ge=16, description="conversations held out to measure the loss")
+    strays: int = Field(
+        default=600, ge=10, description="ordinary words of the books that stray into requests"
+    )
+
+
+class PlantConfig(Frozen):
+    """A planted backdoor: makes the run an organism, stamped as such."""
+
+    kind: Literal["trigger-word"] = "trigger-word"
+    documents: int = Field(default=80, ge=1, description="poisoned conversations in the one bad shard")
+    decoy_shards: int = Field(
+        default=5, ge=0, description="clean shards holding the word as often, in refusals"
+    )
+    first_shard: int = Field(
+        default=8, ge=0, description="the bad shard is drawn from this one and later ones"
+    )
+
+
+class DataConfig(Frozen):
+    """Where documents come from. Paths are relative to the recipe's folder."""
+
+    books: bool = Field(default=True, description="the public-domain books that ship with the product")
+    text: tuple[str, ...] = Field(default=(), description="text files or JSONL of your own")
+    chat: tuple[str, ...] = Field(
+        default=(), description="JSONL of conversations of your own; a file is a shard"
+    )
+    workshop: WorkshopConfig | None = None
+    plant: PlantConfig | None = None
+    validation_every: int = Field(default=20, ge=2, description="one text document in so many validates")
+
+
+class TokenizerConfig(Frozen):
+    """The vocabulary to learn."""
+
+    vocab_size: int = Field(default=2048, ge=262)
+
+
+class StageRecipe(StageConfig):
+    """A stage and the shards it draws from, as names or patterns (``chat-0*``)."""
+
+    shards: tuple[str, ...] = Field(min_length=1)
+
+    def stage(self) -> StageConfig:
+        """The part the trainer reads."""
+        return StageConfig(**{k: getattr(self, k) for k in StageConfig.model_fields})
+
+
+class Recipe(Frozen):
+    """A whole run. ``digest()`` names it."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    seed: int = Field(default=1, ge=0)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    threads: int | Literal["auto"] = "auto"
+    data: DataConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: dict[str, Any]
+    stage: tuple[StageRecipe, ...] = Field(min_length=1)
+    constraint: tuple[Constraint, ...] = ()
+    gate: GateConfig = GateConfig()
+
+    def model_config_for(self, vocab_size: int, where: str = "recipe") -> GPTConfig:
+        """The model's shape, once the tokenizer's size is known."""
+        return parse(GPTConfig, {**self.model, "vocab_size": vocab_size}, f"{where}: model")
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = (), *, plant: bool = True) -> Recipe:
+    """Read a recipe, apply ``key=value`` overrides, check everything that can be checked without running.
+
+    ``plant=False`` removes ``[data.plant]``: the clean twin. RecipeError names file, key and remedy.
+    """
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such recipe file")
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as problem:
+        raise RecipeError(f"{path}: not UTF-8 at byte {problem.start}; save the recipe as UTF-8") from problem
+    except tomllib.TOMLDecodeError as problem:
+        raise RecipeError(f"{path}: not valid TOML: {problem}") from problem
+    for override in overrides:
+        data = overridden(data, override)
+    if not plant and isinstance(data.get("data"), dict):
+        data["data"].pop("plant", None)
+    return read_recipe(data, str(path))
+
+
+def read_recipe(data: dict[str, Any], where: str) -> Recipe:
+    """A recipe from parsed TOML or JSON."""
+    for key in data:
+        if key not in SECTIONS:
+            raise RecipeError(f"{where}: unknown key {key!r}.{suggest(key, list(SECTIONS))}")
+    rows = data.get("constraint", [])
+    if not isinstance(rows, list):
+        raise RecipeError(f"{where}: constraints are written as [[constraint]] tables")
+    constraints = read_constraints(rows, where)
+    recipe = parse(Recipe, data, where)
+    recipe.model_config_for(4096, where)
+    names = [s.name for s in recipe.stage]
+    for name in names:
+        if names.count(name) > 1:
+            raise RecipeError(f"{where}: two stages are called {name!r}; a stage names its checkpoints")
+    for c in constraints:
+        if c.required_from is not None and c.required_from not in names:
+            raise RecipeError(
+                f"{where}: constraint {c.id}: required_from names no stage.{suggest(c.required_from, names)} "
+                f"Stages: {', '.join(names)}"
+            )
+    if recipe.data.plant is not None:
+        if recipe.data.workshop is None:
+            raise RecipeError(
+                f"{where}: [data.plant] needs [data.workshop]: it plants into the closed language"
+            )
+        plant, shards = recipe.data.plant, recipe.data.workshop.shards
+        if plant.first_shard >= shards or plant.decoy_shards >= shards:
+            raise RecipeError(
+                f"{where}: [data.plant] asks for more shards than the {shards} of [data.workshop]"
+            )
+    if not (recipe.data.books or recipe.data.text) and not (recipe.data.chat or recipe.data.workshop):
+        raise RecipeError(f"{where}: [data] names no source: set books, text, chat or workshop")
+    return recipe
+
+
+def overridden(data: dict[str, Any], override: str) -> dict[str, Any]:
+    """``data`` with one ``dotted.key=value`` applied; stages and constraints are named by name, id or number."""
+    key, found, text = override.partition("=")
+    if not found or not key:
+        raise RecipeError(
+            f"{override!r} is not of the form key=value (for example seed=3 or stage.sft.steps=200)"
+        )
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    data = copy.deepcopy(data)
+    at: Any = data
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(at, list):
+            at = at[_index(at, part, key)]
+            if last:
+                raise RecipeError(f"{override!r}: {key} is a whole table; name a key in it")
+        elif not isinstance(at, dict):
+            raise RecipeError(f"{override!r}: {'.'.join(parts[:depth])} holds no keys")
+        elif last:
+            at[part] = value
+        else:
+            at = at.setdefault(part, {})
+    return data
+
+
+def _index(rows: list[Any], part: str, key: str) -> int:
+    names = [str(r.get("name", r.get("id", ""))) for r in rows if isinstance(r, dict)]
+    if part in names:
+        return names.index(part)
+    if part.isdigit() and int(part) < len(rows):
+        return int(part)
+    raise RecipeError(f"{key}: there is no {part!r}.{suggest(part, names)} Known: {', '.join(names)}")
