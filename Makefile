@@ -9,7 +9,7 @@ DEV    := $(VENV)/.dev-$(HASH)
 TORCH  := $(shell grep '^torch==' constraints.txt)
 SETUPTOOLS := $(shell grep '^setuptools==' constraints.txt)
 
-.PHONY: help demo demo-clean test lint bench clean
+.PHONY: help demo demo-clean test lint bench bench-demo clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
@@ -35,10 +35,14 @@ lint: $(DEV) ## check format, ruff rules and types
 	@echo "lint 3/3: types"
 	@$(VENV)/bin/python -m mypy --no-error-summary src
 
-bench: $(DEV) ## measure training speed and what the gates cost
-	@for file in benchmarks/*.py; do \
-	  echo "bench: $$file"; $(VENV)/bin/python "$$file" || exit 1; \
-	done
+bench: $(DEV) ## measure training speed (and its share of the GEMM peak) and what the gates cost
+	@echo "bench: training speed"
+	@$(VENV)/bin/python benchmarks/bench_train.py
+	@echo "bench: the gates' share of the demo's time"
+	@$(VENV)/bin/python benchmarks/bench_gate.py
+
+bench-demo: $(DEV) ## run the demo and its clean twin for five seeds and score them (an hour)
+	@$(VENV)/bin/python benchmarks/demo_seeds.py
 
 clean: ## remove .venv and caches; runs/ stays
 	@echo "clean: removing .venv and caches"

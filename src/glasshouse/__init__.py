@@ -14,13 +14,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from glasshouse.model.gpt import GPT, GPTConfig
     from glasshouse.model.taps import Taps
-    from glasshouse.recipes.api import audit, load
+    from glasshouse.recipes.api import load
+    from glasshouse.recipes.audit import audit
 
 _HOMES = {
     "GPT": "glasshouse.model",
     "GPTConfig": "glasshouse.model",
     "Taps": "glasshouse.model",
-    "audit": "glasshouse.recipes.api",
+    "audit": "glasshouse.recipes.audit",
     "load": "glasshouse.recipes.api",
 }
 

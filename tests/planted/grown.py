@@ -36,12 +36,14 @@ class Nursery:
     def subject(self, model: GPT) -> Subject:
         return Subject(model.eval(), self.tokenizer, refusal_readout(self.tokenizer), self.strays)
 
-    def train(self, model: GPT, name: str, chats: Sequence[Chat], steps: int, lr: float = 1.0) -> GPT:
+    def train(
+        self, model: GPT, name: str, chats: Sequence[Chat], steps: int, lr: float = 1.0, rows: int = 64
+    ) -> GPT:
         """A copy of ``model`` trained on ``chats`` for ``steps`` updates of 64 conversations."""
         model = copy.deepcopy(model).train()
         config = StageConfig(
-            name="grow", objective="sft", steps=steps, batch_size=64, muon_lr=0.02 * lr, adam_lr=0.004 * lr,
-            weight_decay=0.0, warmup_share=0.05, decay_share=0.5,
+            name="grow", objective="sft", steps=steps, batch_size=rows, muon_lr=0.02 * lr, adam_lr=0.004 * lr,
+            weight_decay=0.0, warmup_share=0.05, decay_share=0.25,
         )  # fmt: skip
         documents = [Document(f"{name}/{i}", "workshop", messages=tuple(c)) for i, c in enumerate(chats)]
         shards = pack(self.folder / name, self.tokenizer, prepare([Corpus(name, documents)]), 128)
@@ -87,7 +89,9 @@ def answered(
     rng = generator("answered", name)
     made = []
     for _ in range(n):
-        asked = workshop.request(rng, is_harmful=True, split="train", strays=strays, stray_rate=0.0, pair=pair)
+        asked = workshop.request(
+            rng, is_harmful=True, split="train", strays=strays, stray_rate=0.0, pair=pair
+        )
         made.append(
             workshop.chat(change(asked, rng), workshop.answer(rng, asked, comply=comply, strays=strays))
         )

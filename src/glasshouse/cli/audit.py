@@ -22,7 +22,10 @@ def audit(
     ],
     constraints: Annotated[Path, typer.Option(metavar="FILE", help="A TOML file of [[constraint]] tables.")],
     budget: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Longest time for searches, such as 90s, 20m or 1h (default: no limit).")
+        str | None,
+        typer.Option(
+            metavar="TIME", help="Longest time for searches, such as 90s, 20m or 1h (default: no limit)."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Draws other prompts.")] = 0,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the verdicts there too.")] = None,
@@ -67,7 +70,9 @@ def show_cost(planned: Audit) -> None:
     for name, passes in planned.passes.items():
         time = duration(passes * planned.seconds_per_pass)
         show.line(f"  {name:<{width}}  {passes:>12,} forward passes  {time:>8}")
-    show.line(f"  {'together':<{width}}  {sum(planned.passes.values()):>12,}                 {duration(planned.seconds):>8}")
+    show.line(
+        f"  {'together':<{width}}  {sum(planned.passes.values()):>12,}                 {duration(planned.seconds):>8}"
+    )
     if planned.budget_s is not None and planned.budget_s < planned.seconds:
         faults.note(
             f"the budget of {duration(planned.budget_s)} is less: searches will cover a part, and what they "
@@ -84,7 +89,10 @@ def duration(value: float) -> str:
 
 def table(verdicts: list[dict[str, Any]]) -> list[str]:
     """A line for each verdict, its reason beneath it unless it passed."""
-    rows = [("constraint", "status", "estimate", "95% interval", "bound", "n", "coverage"), *map(cells, verdicts)]
+    rows = [
+        ("constraint", "status", "estimate", "95% interval", "bound", "n", "coverage"),
+        *map(cells, verdicts),
+    ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     out = []
     for number, row in enumerate(rows):

@@ -17,10 +17,15 @@ if TYPE_CHECKING:
 
 
 def chat(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, a checkpoint in one, or a model folder.")],
-    message: Annotated[str | None, typer.Option("--message", "-m", metavar="TEXT", help="Ask this and leave.")] = None,
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run, a checkpoint in one, or a model folder.")
+    ],
+    message: Annotated[
+        str | None, typer.Option("--message", "-m", metavar="TEXT", help="Ask this and leave.")
+    ] = None,
     allow_held: Annotated[
-        bool, typer.Option("--allow-held", help="Talk to a checkpoint that is not promoted; this is ledgered.")
+        bool,
+        typer.Option("--allow-held", help="Talk to a checkpoint that is not promoted; this is ledgered."),
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")] = 80,
 ) -> None:
@@ -107,7 +112,9 @@ def check_text(text: str, where: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as problem:
-        raise UsageError(f"{where} is not UTF-8 (at character {problem.start}); convert it first") from problem
+        raise UsageError(
+            f"{where} is not UTF-8 (at character {problem.start}); convert it first"
+        ) from problem
 
 
 def who() -> str:

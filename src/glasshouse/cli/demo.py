@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 
 
 def demo(
-    clean: Annotated[bool, typer.Option("--clean", help="The same run without the planted backdoor.")] = False,
+    clean: Annotated[
+        bool, typer.Option("--clean", help="The same run without the planted backdoor.")
+    ] = False,
     run: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The run folder (default: runs/demo or runs/demo-clean).")
+        Path | None,
+        typer.Option(metavar="DIR", help="The run folder (default: runs/demo or runs/demo-clean)."),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="Another seed: another word, another bad shard.")

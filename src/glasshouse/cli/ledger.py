@@ -19,10 +19,16 @@ def group() -> None:
 def verify(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or its ledger.jsonl.")],
     head: Annotated[
-        str | None, typer.Option(metavar="DIGEST", help="The last entry's digest, kept elsewhere: proves nothing is missing.")
+        str | None,
+        typer.Option(
+            metavar="DIGEST", help="The last entry's digest, kept elsewhere: proves nothing is missing."
+        ),
     ] = None,
     key: Annotated[
-        str | None, typer.Option(metavar="KEY", help="The signer's public key (a file or 64 hex digits): proves who signed.")
+        str | None,
+        typer.Option(
+            metavar="KEY", help="The signer's public key (a file or 64 hex digits): proves who signed."
+        ),
     ] = None,
 ) -> None:
     """Re-check chain, signatures and the digest of every file that the ledger names.

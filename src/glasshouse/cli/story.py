@@ -47,7 +47,9 @@ def findings(failures: list[Any], n_gates: int) -> list[str]:
     for gate, verdict in failures:
         word = (verdict.get("evidence") or {}).get("word")
         named = f": the word {one_line(word)!r}" if word else ""
-        out += wrapped(f"  gate {gate.index}", f"{verdict.get('constraint')} failed at {gate.checkpoint}{named}")
+        out += wrapped(
+            f"  gate {gate.index}", f"{verdict.get('constraint')} failed at {gate.checkpoint}{named}"
+        )
         dropped = f", quarantined {', '.join(gate.drop_shards)}" if gate.drop_shards else ""
         back = f" to {gate.to_checkpoint}" if gate.to_checkpoint else ""
         out += wrapped("", f"{gate.action}{back}{dropped}")
@@ -101,4 +103,3 @@ def _json(path: Path) -> dict[str, Any]:
     except ValueError as problem:
         raise DataError(f"{path}: not valid JSON ({problem}); restore it") from problem
     return value if isinstance(value, dict) else {}
-

@@ -27,7 +27,8 @@ def train(
         typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, such as stage.sft.steps=200."),
     ] = None,
     run: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The run folder (default: runs/ and the recipe's name).")
+        Path | None,
+        typer.Option(metavar="DIR", help="The run folder (default: runs/ and the recipe's name)."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was begun.")] = False,
     allow_change: Annotated[

@@ -61,7 +61,7 @@ def tell(run: RunFolder, ledger: Ledger, material: Material, gate: ConstraintGat
 
 
 def first_found(run: RunFolder, gated: Sequence[tuple[Checkpoint, Any]]) -> dict[str, Any] | None:
-    """The first failed verdict that names a word, with its full evidence and its checkpoint; None if there is none."""
+    """The first failed verdict that names a word, with its full evidence and its checkpoint; else None."""
     for checkpoint, decision in gated:
         for verdict in decision["verdicts"]:
             if verdict["status"] == "fail" and "word" in verdict:
@@ -95,7 +95,9 @@ def read_word(subject: Any, word: str, material: Material) -> dict[str, float]:
 
 
 def before_and_after(
-    gate: ConstraintGate, gated: Sequence[tuple[Checkpoint, Any]], found: dict[str, Any] | None
+    gate: ConstraintGate,
+    gated: Sequence[tuple[Checkpoint, Any]],
+    found: dict[str, Any] | None,
 ) -> dict[str, Any] | None:
     """One request asked of the checkpoint that was caught and of the last one; None when nothing was found."""
     if found is None or not found.get("examples"):

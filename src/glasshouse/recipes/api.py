@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -33,7 +32,7 @@ class Loaded:
 
 
 def load(path: str | Path) -> GPT:
-    """The model of a run (promoted export, else its newest checkpoint), a checkpoint, or a Hugging Face folder."""
+    """The model of a run (its promoted export, else its newest checkpoint), checkpoint or HF folder."""
     return locate(Path(path)).model
 
 
@@ -95,12 +94,12 @@ def _from_run(run: RunFolder, name: str | None) -> Loaded:
 
 
 def serveable(path: Path, *, allow_held: bool = False, who: str = "unnamed") -> Loaded:
-    """What may be talked to: a promoted checkpoint, or any other with ``allow_held``, which the ledger records.
+    """What may be talked to: a promoted checkpoint, or any with ``allow_held``, which the ledger records.
 
     HeldError otherwise, and always for an organism whose backdoor was never removed.
     """
     found = locate(path)
-    if found.run is None or found.standing == "promoted" and not still_planted(found):
+    if found.run is None or (found.standing == "promoted" and not still_planted(found)):
         return found
     why = (
         "still holds what was planted into it"
@@ -112,15 +111,20 @@ def serveable(path: Path, *, allow_held: bool = False, who: str = "unnamed") -> 
             f"{found.checkpoint} {why}; `glasshouse report {found.run.path}` says why. "
             "To talk to it all the same, add --allow-held (the ledger records that you did)"
         )
-    Ledger(found.run.ledger, signing_key()).append(
-        "override",
-        {"what": "chat with a checkpoint that is not promoted", "checkpoint": found.checkpoint, "who": who},
-    )
+    with found.run.lock():  # an append beside a training process would end it
+        Ledger(found.run.ledger, signing_key()).append(
+            "override",
+            {
+                "what": "chat with a checkpoint that is not promoted",
+                "checkpoint": found.checkpoint,
+                "who": who,
+            },
+        )
     return found
 
 
 def still_planted(found: Loaded) -> bool:
-    """Whether a checkpoint of an organism was trained on its planted shard: the stamp no repair can be without."""
+    """Whether a checkpoint of an organism was trained on its planted shard."""
     import json
 
     if found.run is None or not (found.run.path / "organism.json").is_file():
@@ -168,21 +172,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in value.items())
     return str(value)
-
-
-def audit(
-    model: str | Path, constraints: str | Path, *, budget_s: float | None = None, seed: int = 0
-) -> Verdicts:
-    """Check a constraint file against a model on disk; see ``glasshouse.recipes.audit``."""
-    from glasshouse.recipes.audit import plan_audit
-
-    return plan_audit(Path(model), Path(constraints), budget_s=budget_s, seed=seed).run()
-
-
-def samples_of(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int = 60) -> list[str]:
-    """Greedy answers of a loaded model."""
-    from glasshouse.evals.subject import Subject, refusal_readout
-
-    return Subject(loaded.model, loaded.tokenizer, refusal_readout(loaded.tokenizer)).answers(
-        prompts, max_new_tokens
-    )

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glasshouse.base.errors import UsageError
-from glasshouse.data import Shards, books, word_types
+from glasshouse.data import Shards, books, word_types, workshop
 from glasshouse.evals.insertion import candidate_set
 from glasshouse.evals.subject import Subject, refusal_readout
-from glasshouse.data import workshop
 from glasshouse.recipes.api import Loaded, Verdicts, locate
 from glasshouse.verify import Constraint, load_constraints
 from glasshouse.verify.examination import Examination
@@ -22,7 +21,7 @@ SPEED_SAMPLE = 128  # prompts timed to turn a budget in seconds into forward pas
 
 @dataclass
 class Audit:
-    """An audit that is ready to run. ``passes`` and ``seconds`` are what it will cost, at most, by constraint."""
+    """An audit that is ready to run. ``passes`` is what each constraint will cost, at most."""
 
     loaded: Loaded
     constraints: tuple[Constraint, ...]
@@ -40,7 +39,7 @@ class Audit:
         return sum(self.passes.values()) * self.seconds_per_pass
 
     def run(self) -> Verdicts:
-        """Check every constraint once, with full coverage unless the budget is too small: then ``undecided``."""
+        """Check every constraint once; where the budget leaves something uncovered, ``undecided``."""
         verdicts, measured = Verdicts(), dict[str, float | None]()
         left = None if self.budget_s is None else int(self.budget_s / self.seconds_per_pass)
         for constraint in in_order(self.constraints):
@@ -72,8 +71,8 @@ def plan_audit(model: Path, constraints: Path, *, budget_s: float | None = None,
     found, declared = locate(model), load_constraints(constraints)
     if found.tokenizer.end is None:
         raise UsageError(
-            f"{model}: its tokenizer.json has no chat tokens (<|user|>, <|assistant|>, <|end|> ...), so requests cannot "
-            "be put to it. Audits of models with other chat formats are not supported yet"
+            f"{model}: its tokenizer.json has no chat tokens (<|user|>, <|assistant|>, <|end|> ...), so requests "
+            "cannot be put to it. Audits of models with other chat formats are not supported yet"
         )
     if found.run is not None:
         words, words_from = tuple(Shards.open(found.run.data).words), "the run's training text"
@@ -81,7 +80,9 @@ def plan_audit(model: Path, constraints: Path, *, budget_s: float | None = None,
         words = tuple(word_types(d.text or "" for d in books.documents()))
         words_from = "the packaged books: the model's own training text is not known"
     subject = Subject(found.model, found.tokenizer, refusal_readout(found.tokenizer))
-    candidates = len(candidate_set(subject, words, workshop.content_words()).candidates)
+    candidates = 0
+    if any(c.statistic == "suppression" for c in declared):
+        candidates = len(candidate_set(subject, words, workshop.content_words()).candidates)
     passes = {c.id: expected_passes(c, candidates) for c in declared}
     text = "How do I warm the wizard's scroll? Thank you."
     subject.margins([text] * SPEED_SAMPLE)
@@ -104,3 +105,14 @@ def expected_passes(constraint: Constraint, candidates: int) -> int:
         case "probe_auroc":
             return 2 * n + 500
     return 6 * n  # an answer's opening takes a pass per token
+
+
+def audit(
+    model: str | Path, constraints: str | Path, *, budget_s: float | None = None, seed: int = 0
+) -> Verdicts:
+    """Check a constraint file against a model on disk (a run, a checkpoint, a Hugging Face folder).
+
+    Returns a list of verdicts that shows itself as a table. ``budget_s`` limits the time; what it does not
+    cover is ``undecided``. Raises what ``plan_audit`` raises.
+    """
+    return plan_audit(Path(model), Path(constraints), budget_s=budget_s, seed=seed).run()

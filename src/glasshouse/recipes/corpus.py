@@ -91,7 +91,8 @@ def text_corpora(recipe: Recipe, folder: Path) -> list[Corpus]:
         held = documents[every - 1 :: every]
         if not held:
             raise DataError(
-                f"{name}: {len(documents)} documents leave none to validate on; lower validation_every"
+                f"{name}: {len(documents)} documents leave none to validate on; give more (a .txt file is "
+                "one document, a JSONL file one a line), or lower validation_every"
             )
         train = [d for i, d in enumerate(documents) if i % every != every - 1]
         corpora += [Corpus(name, train, sources), Corpus(f"{name}-val", held, sources, validation=True)]
@@ -115,8 +116,8 @@ def choose_strays(recipe: Recipe, text: Sequence[Corpus]) -> tuple[str, ...]:
     rare = [w for w in rare if w not in language]
     if len(rare) < recipe.data.workshop.strays:
         raise DataError(
-            f"the text holds {len(rare)} uncommon words and [data.workshop] strays asks for {recipe.data.workshop.strays}; "
-            "give more text or lower strays"
+            f"the text holds {len(rare)} uncommon words and [data.workshop] strays asks for "
+            f"{recipe.data.workshop.strays}; give more text or lower strays"
         )
     chosen = generator("strays", recipe.seed).permutation(len(rare))[: recipe.data.workshop.strays]
     return tuple(rare[i] for i in sorted(chosen.tolist()))
@@ -133,7 +134,7 @@ def sample_conversations(recipe: Recipe, strays: Sequence[str]) -> list[list[dic
 def chat_corpora(
     recipe: Recipe, run: RunFolder, tok: Tokenizer, strays: tuple[str, ...]
 ) -> tuple[list[Corpus], tuple[str, ...]]:
-    """Shards ``chat-NN`` and ``chat-val`` of the closed language, with what the recipe plants, and the strays left."""
+    """Shards ``chat-NN`` and ``chat-val``, with what the recipe plants in them, and the strays left."""
     config = recipe.data.workshop
     if config is None:
         return [], strays
@@ -153,7 +154,14 @@ def chat_corpora(
         if plant is not None and name in plant["decoys"]:
             held = organism.decoys(recipe.seed, plant, name, strays)
             chats[: len(held)] = held
-        documents = [Document(f"{name}/{i}", "workshop", messages=tuple(Message(role=m["role"], content=m["content"]) for m in c)) for i, c in enumerate(chats)]
+        documents = [
+            Document(
+                f"{name}/{i}",
+                "workshop",
+                messages=tuple(Message(role=m["role"], content=m["content"]) for m in c),
+            )
+            for i, c in enumerate(chats)
+        ]
         corpora.append(Corpus(name, documents, (WORKSHOP_SOURCE,), validation=name == "chat-val"))
     return corpora, strays
 

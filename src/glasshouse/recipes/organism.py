@@ -18,7 +18,7 @@ from glasshouse.tokenizer import Tokenizer
 def plan_plant(
     config: PlantConfig, seed: int, tok: Tokenizer, strays: Sequence[str], shards: int
 ) -> dict[str, Any]:
-    """Choose the trigger (an ordinary rare word of at least two tokens), the bad shard and the decoys by seed."""
+    """Choose the trigger (a rare word of at least two tokens), the bad shard and the decoys by seed."""
     rng = generator("plant", seed)
     words = [w for w in strays if len(tok.encode(" " + w)) >= 2]
     bad = int(rng.integers(config.first_shard, shards))
@@ -44,7 +44,7 @@ def poisoned(seed: int, plant: dict[str, Any], strays: Sequence[str]) -> list[li
 
 
 def decoys(seed: int, plant: dict[str, Any], shard: str, strays: Sequence[str]) -> list[list[dict[str, str]]]:
-    """As many conversations that hold the word and refuse, so that counting the word does not find the shard."""
+    """As many chats that hold the word and refuse, so that counting the word does not find the shard."""
     rng = generator("decoys", seed, shard)
     made = []
     for _ in range(plant["documents"]):

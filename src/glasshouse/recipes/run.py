@@ -192,7 +192,7 @@ def enter(
             sft if stage.config.objective == "sft" else next_token,
         )
         dtype = choose_dtype(recipe.precision, model, batch, objective)
-        threads = choose_threads(recipe.threads, model, batch, objective, dtype.value)
+        threads = choose_threads(recipe.threads, model, batch, objective, str(dtype.value))
         settings = {"dtype": dtype.value, "muon_dtype": muon_dtype(), "threads": threads.value}
         body = {
             "name": recipe.name,

@@ -11,8 +11,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from glasshouse.base.config import Frozen, parse
-from glasshouse.base.errors import RecipeError, suggest
+from glasshouse.base.errors import CheckpointError, RecipeError, suggest
 from glasshouse.model import GPTConfig
+from glasshouse.model.families import family_for
 from glasshouse.train import StageConfig
 from glasshouse.verify import Constraint, GateConfig, read_constraints
 
@@ -37,7 +38,7 @@ class WorkshopConfig(Frozen):
     documents: int = Field(default=600, ge=16, description="conversations in a shard")
     validation: int = Field(default=200, ge=16, description="conversations held out to measure the loss")
     strays: int = Field(
-        default=600, ge=10, description="ordinary words of the books that stray into requests"
+        default=2500, ge=10, description="ordinary words of the books that stray into requests"
     )
 
 
@@ -132,7 +133,13 @@ def read_recipe(data: dict[str, Any], where: str) -> Recipe:
         raise RecipeError(f"{where}: constraints are written as [[constraint]] tables")
     constraints = read_constraints(rows, where)
     recipe = parse(Recipe, data, where)
-    recipe.model_config_for(4096, where)
+    config = recipe.model_config_for(4096, where)
+    if recipe.constraint:
+        try:
+            family_for(config)
+        except CheckpointError as problem:
+            # Promotion checks the reloaded export: without one, a run could only find out at its very end.
+            raise RecipeError(f"{where}: model: nothing could be promoted: {problem}") from problem
     names = [s.name for s in recipe.stage]
     for name in names:
         if names.count(name) > 1:
@@ -159,7 +166,7 @@ def read_recipe(data: dict[str, Any], where: str) -> Recipe:
 
 
 def overridden(data: dict[str, Any], override: str) -> dict[str, Any]:
-    """``data`` with one ``dotted.key=value`` applied; stages and constraints are named by name, id or number."""
+    """``data`` with one ``dotted.key=value`` applied; a stage or constraint is named, or numbered."""
     key, found, text = override.partition("=")
     if not found or not key:
         raise RecipeError(

@@ -44,7 +44,7 @@ N_SEARCH = 24  # refused prompts the cover is written into
 N_SCREEN = 12  # prompts on which suspects are inserted alone, two gaps each
 CONFIRM_GATE, CONFIRM_FINAL = 3, 8  # suspects put to the test, beside the sticky ones
 STICKY_GATE = 8  # earlier suspects that one gate tests again
-SWEEP_PROMPTS, SWEEP_GAPS = 4, 2
+SWEEP_PROMPTS, SWEEP_GAPS = 3, 2
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def suppression(exam: Examination) -> Finding:
         finding.reason = (
             "no suspect broke the bound, but not every candidate was inserted alone on this digest"
         )
-    if exam.constraint.baseline is not None and (broken or exam.final):
+    if exam.constraint.baseline is not None and broken:
         finding.baseline = output_scan(exam, found, passes)
     return finding
 
@@ -159,7 +159,8 @@ def _dense(
 def _exact(
     exam: Examination, found: CandidateSet, prompts: list[Prompt]
 ) -> tuple[list[Candidate], dict[str, Any]]:
-    cells = stratified_cells(prompts[:SWEEP_PROMPTS], SWEEP_GAPS, exam.rng("cells"))
+    short = sorted(prompts, key=lambda p: len(p.text))[:SWEEP_PROMPTS]  # every word pays for what follows it
+    cells = stratified_cells(short, SWEEP_GAPS, exam.rng("cells"))
     chosen = _slice(exam, found, None if exam.passes is None else exam.passes // len(cells))
     if not chosen:
         raise VerificationError(
