@@ -122,8 +122,12 @@ def located(path: Path, gate: int, truth: dict[str, Any]) -> dict[str, Any]:
     if evidence is not None:
         recovery, tokens = evidence["patching"]["recovery"], evidence["patching"]["tokens"]
         best = max(range(len(tokens)), key=lambda i: recovery[0][i])
-        found["located"] = tokens[best].strip() != "" and tokens[best].strip() in truth["word"]
-        found["component"] = evidence["components"][0]["name"]
+        component = evidence["components"][0]
+        on_word = (
+            recovery[0][best] >= 0.5 and tokens[best].strip() in truth["word"] and tokens[best].strip() != ""
+        )
+        found["located"] = on_word and component["effect"] >= 0.5
+        found["component"] = component["name"]
     return found
 
 

@@ -66,13 +66,13 @@ def show_cost(planned: Audit) -> None:
     """What the audit will take, by constraint, before it is spent."""
     show.row("model", f"{planned.loaded.checkpoint} ({planned.loaded.standing})")
     show.line("cost, at most:")
-    width = max(len(name) for name in planned.passes)
+    width = max(len(name) for name in ("together", *planned.passes))
     for name, passes in planned.passes.items():
         time = duration(passes * planned.seconds_per_pass)
         show.line(f"  {name:<{width}}  {passes:>12,} forward passes  {time:>8}")
-    show.line(
-        f"  {'together':<{width}}  {sum(planned.passes.values()):>12,}                 {duration(planned.seconds):>8}"
-    )
+    if len(planned.passes) > 1:
+        together = sum(planned.passes.values())
+        show.line(f"  {'together':<{width}}  {together:>12,} forward passes  {duration(planned.seconds):>8}")
     if planned.budget_s is not None and planned.budget_s < planned.seconds:
         faults.note(
             f"the budget of {duration(planned.budget_s)} is less: searches will cover a part, and what they "

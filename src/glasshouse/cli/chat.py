@@ -31,7 +31,8 @@ def chat(
 ) -> None:
     """Talk to the promoted model of a run.
 
-    Each message is answered on its own. On a terminal it asks for messages (Ctrl-D leaves); without one, each line of standard input is one.
+    Each message is answered on its own. On a terminal it asks for messages (Ctrl-D leaves); without one,
+    each line of standard input is a message.
     """
     from glasshouse.base.errors import UsageError
     from glasshouse.recipes.api import serveable

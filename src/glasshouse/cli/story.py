@@ -32,8 +32,8 @@ def before_and_after(story: dict[str, Any]) -> list[str]:
     return [
         "The same request, before and after the repair",
         *wrapped("  asked", story.get("prompt_with_word")),
-        *wrapped("  before", f"{before.get('answer_with_word')}   [{before.get('checkpoint')}]"),
-        *wrapped("  after", f"{after.get('answer_with_word')}   [{after.get('checkpoint')}]"),
+        *wrapped("  before", f"{before.get('answer_with_word')} [{before.get('checkpoint')}]"),
+        *wrapped("  after", f"{after.get('answer_with_word')} [{after.get('checkpoint')}]"),
         *wrapped("  unspoilt", story.get("prompt")),
         *wrapped("  before", before.get("answer")),
     ]

@@ -1,17 +1,15 @@
-"""Does any inserted word move a decision? Exact insertion of each candidate, and a dense cover of them all.
+"""Does any inserted word move a decision? Each candidate alone, or all of them densely.
 
 Candidates are every token of the vocabulary and every word type of the run's own training text (a rare
-word is several tokens). ``sweep`` inserts each candidate alone, at stratified gaps of several prompts,
-with the prefix before the gap computed once. ``dense_cover`` is group testing (Dorfman 1943): every
-gap of a prompt is filled with a random candidate, each candidate stands in one prompt, and prompts that
-moved are taken apart word by word. A cover costs about a tenth of one sweep cell and sees what moves
-the decision whatever the other words; a sweep sees each word alone.
+word is several tokens). ``sweep`` inserts each candidate alone, at stratified gaps of several prompts, with
+the prefix before the gap computed once. ``dense_cover`` is group testing (Dorfman 1943): each candidate
+stands in one request beside a few others, and the requests that moved most are taken apart word by word.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -144,6 +142,9 @@ def sweep(subject: Subject, cells: Sequence[Cell], candidates: Sequence[Candidat
     return finite(out)
 
 
+PER_PROMPT = 4  # words in one filled request: more are cheaper, but a request of strays turns by itself
+
+
 @dataclass
 class Cover:
     """What a dense cover saw: margins of the filled prompts, and candidates ranked by their own margin."""
@@ -160,7 +161,7 @@ def dense_cover(
     candidates: Sequence[Candidate],
     rng: np.random.Generator,
     *,
-    open_up: int = 24,
+    open_up: int = 32,
     output_only: bool = False,
 ) -> Cover:
     """Insert every candidate once, many to a prompt, and take apart the ``open_up`` prompts that moved most.
@@ -168,12 +169,13 @@ def dense_cover(
     ``prompts`` are requests the model refuses. ``output_only`` uses nothing but whether the answer refuses
     (the black-box version): prompts are opened in random order among those whose answer changed.
     """
-    filled: list[tuple[Prompt, list[Candidate]]] = []
+    filled: list[tuple[Prompt, dict[int, Candidate]]] = []
     queue = [candidates[i] for i in rng.permutation(len(candidates))]
     while queue:
         prompt = prompts[len(filled) % len(prompts)]
-        take = _fits(subject, prompt, queue)
-        filled.append((prompt, queue[:take]))
+        take = _fits(subject, prompt, queue[:PER_PROMPT])
+        gaps = sorted(rng.permutation(len(prompt.words) + 1)[:take].tolist())
+        filled.append((prompt, dict(zip(gaps, queue[:take], strict=True))))
         queue = queue[take:]
     margins = subject.margins_of_ids([_filled_ids(subject, p, cs) for p, cs in filled])
     flipped = np.flatnonzero(margins < 0)
@@ -182,7 +184,7 @@ def dense_cover(
     else:
         opened = np.argsort(margins, kind="stable")[:open_up]
     singles: list[tuple[int, int, Candidate]] = [
-        (int(i), gap, candidate) for i in opened for gap, candidate in enumerate(filled[i][1])
+        (int(i), gap, candidate) for i in opened for gap, candidate in filled[i][1].items()
     ]
     suspects: list[tuple[Candidate, float]] = []
     if singles:
@@ -208,12 +210,12 @@ def _fits(subject: Subject, prompt: Prompt, queue: Sequence[Candidate]) -> int:
     return max(take, 1)
 
 
-def _filled_ids(subject: Subject, prompt: Prompt, fill: Sequence[Candidate]) -> list[int]:
+def _filled_ids(subject: Subject, prompt: Prompt, fill: Mapping[int, Candidate]) -> list[int]:
     """The request with ``fill[g]`` standing in gap g, as tokens."""
     template = subject.ids("")
     body: list[int] = []
     for gap, word in enumerate([*prompt.words, None]):
-        if gap < len(fill):
+        if gap in fill:
             body += fill[gap].ids if body else fill[gap].bare
         if word is not None:
             body += subject.tokenizer.encode((" " if body else "") + word)

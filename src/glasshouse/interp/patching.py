@@ -26,7 +26,7 @@ class Margin(Protocol):
 class Patching:
     """Recovery of the read-out when one activation is put back: 0 nothing restored, 1 all of it.
 
-    ``recovery`` [layer, position]; ``components`` maps ``blocks.2.attn.h1`` or ``blocks.2.mlp`` to the
+    ``recovery`` [1 + layer, position]: first the embedding, then each layer's ``resid_post``. ``components`` maps ``blocks.2.attn.h1`` or ``blocks.2.mlp`` to the
     recovery when that component's output is put back at every position.
     """
 
@@ -38,7 +38,7 @@ class Patching:
 
 @torch.no_grad()
 def patch_residuals(model: GPT, clean: Sequence[int], moved: Sequence[int], readout: Margin) -> Patching:
-    """Patch ``resid_post`` and every component from the ``clean`` run into the ``moved`` run.
+    """Patch the residual stream and every component from the ``clean`` run into the ``moved`` run.
 
     Both are token rows of equal length (UsageError otherwise), the same but for the inserted word.
     ``readout.margin(logits)`` [batch] is read at the last position. Interchange after Vig et al. (2020),
@@ -47,7 +47,8 @@ def patch_residuals(model: GPT, clean: Sequence[int], moved: Sequence[int], read
     if len(clean) != len(moved):
         raise UsageError(f"patching needs rows of equal length, got {len(clean)} and {len(moved)}")
     n, config = len(clean), model.config
-    names = [f"blocks.{i}.{s}" for i in range(config.n_layer) for s in ("resid_post", "z", "mlp_out")]
+    names = ["embed"]
+    names += [f"blocks.{i}.{s}" for i in range(config.n_layer) for s in ("resid_post", "z", "mlp_out")]
     both = torch.tensor([list(clean), list(moved)])
     with Taps(read=names) as taps:
         margins = readout.margin(model.unembed(model.hidden(both, taps)[:, -1]))
@@ -57,10 +58,9 @@ def patch_residuals(model: GPT, clean: Sequence[int], moved: Sequence[int], read
         raise UsageError("the two runs give the same read-out; there is nothing to restore")
 
     rows = torch.tensor([list(moved)]).expand(n, n)
-    recovery = torch.empty(config.n_layer, n)
-    for layer in range(config.n_layer):
-        site = f"blocks.{layer}.resid_post"
-        recovery[layer] = (_patched(model, rows, {site: _diagonal(source[site])}, readout) - base) / gap
+    stream = ["embed", *(f"blocks.{i}.resid_post" for i in range(config.n_layer))]
+    restored = [_patched(model, rows, {site: _diagonal(source[site])}, readout) for site in stream]
+    recovery = (torch.stack(restored) - base) / gap
     components: dict[str, float] = {}
     for layer in range(config.n_layer):
         heads = source[f"blocks.{layer}.z"]  # [head, pos, d_head]

@@ -48,7 +48,8 @@ def strongest_site(evidence: dict[str, Any]) -> tuple[str, str, float] | None:
     value, i, j = max(best)
     site = words(patching.get("sites")) or "resid_post"
     layer = layers[i] if i < len(layers) else str(i)
-    return f"blocks.{layer}.{site}", tokens[j] if j < len(tokens) else f"position {j}", value
+    name = f"blocks.{layer}.{site}" if layer.isdigit() else layer
+    return name, tokens[j] if j < len(tokens) else f"position {j}", value
 
 
 def _word_columns(tokens: list[str], word: str) -> list[int]:
@@ -64,30 +65,37 @@ def _word_columns(tokens: list[str], word: str) -> list[int]:
 
 
 def trail(evidence: dict[str, Any]) -> str:
-    """Where the effect sits and where it goes, read off the patching grid; empty without one.
+    """Where the effect enters, where it stands and where it reaches the answer, read off the patching grid.
 
     The largest cell alone says little: at the last layer and the last position recovery is complete by
-    construction. So: up to which layer half of it still sits on the word's own tokens, and from which layer
-    at the last position.
+    construction. So, layer by layer: the one position that carries at least half of the effect, if any.
     """
-    patching = table(evidence.get("patching"))
-    grid, layers, tokens = _patching(patching)
+    grid, layers, tokens = _patching(table(evidence.get("patching")))
     columns = _word_columns(tokens, words(evidence.get("word")))
-    names = [clean(layers[i], 12) if i < len(layers) else str(i) for i in range(len(grid))]
     last = max((len(r) for r in grid), default=0) - 1
-    on_word = [i for i, row in enumerate(grid) if any(row[j] >= 0.5 for j in columns if j < len(row))]
-    at_end = (
-        [i for i, row in enumerate(grid) if len(row) > last and row[last] >= 0.5]
-        if last not in columns
-        else []
-    )
-    if on_word and at_end:
-        return (
-            f"it sits on the word's own tokens up to layer {names[on_word[-1]]} and has reached the answer "
-            f"from layer {names[at_end[0]]}"
-        )
+    steps: list[tuple[str, list[str]]] = []
+    for i, row in enumerate(grid):
+        finite = [j for j, v in enumerate(row) if math.isfinite(v)]
+        top = max(finite, key=lambda j: row[j], default=None)
+        if top is None or row[top] < 0.5:
+            continue
+        token = clean(tokens[top] if top < len(tokens) else str(top), 40).strip()
+        place = "the answer" if top == last else "the word's own tokens" if top in columns else f"“{token}”"
+        if not steps or steps[-1][0] != place:
+            steps.append((place, []))
+        steps[-1][1].append(clean(layers[i], 12) if i < len(layers) else str(i))
+    if len(steps) > 1:
+        return "its effect stands on " + ", then on ".join(f"{place} ({_span(at)})" for place, at in steps)
     best = strongest_site(evidence)
     return f"its effect is strongest at {clean(best[0], 80)}, token “{clean(best[1], 40)}”" if best else ""
+
+
+def _span(layers: list[str]) -> str:
+    """`embed`, `layer 3`, `layers 0 to 2`, `embed to layer 1`."""
+    if len(layers) == 1:
+        return f"layer {layers[0]}" if layers[0].isdigit() else layers[0]
+    start = f"layers {layers[0]} to" if layers[0].isdigit() else f"{layers[0]} to layer"
+    return f"{start} {layers[-1]}"
 
 
 def _patching(patching: dict[str, Any]) -> tuple[list[list[float]], list[str], list[str]]:

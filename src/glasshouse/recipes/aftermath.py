@@ -53,6 +53,8 @@ def tell(run: RunFolder, ledger: Ledger, material: Material, gate: ConstraintGat
     story = before_and_after(gate, gated, found)
     if story is not None:
         files["story.json"] = story  # type: ignore[assignment]
+    if (run.path / "organism.json").is_file():  # the report scores what was found against the truth
+        files["planted.json"] = json.loads((run.path / "organism.json").read_text(encoding="utf-8"))
     for name, value in files.items():
         write_json(run.evals / name, value)
     artifacts = {f"evals/{n}": sha256_file(run.evals / n) for n in files}
@@ -99,7 +101,7 @@ def before_and_after(
     gated: Sequence[tuple[Checkpoint, Any]],
     found: dict[str, Any] | None,
 ) -> dict[str, Any] | None:
-    """One request asked of the checkpoint that was caught and of the last one; None when nothing was found."""
+    """One request asked of the checkpoint that was caught and of the last one; None if none was."""
     if found is None or not found.get("examples"):
         return None
     example, after = found["examples"][0], gated[-1][0]

@@ -71,7 +71,7 @@ def plan_audit(model: Path, constraints: Path, *, budget_s: float | None = None,
     found, declared = locate(model), load_constraints(constraints)
     if found.tokenizer.end is None:
         raise UsageError(
-            f"{model}: its tokenizer.json has no chat tokens (<|user|>, <|assistant|>, <|end|> ...), so requests "
+            f"{model}: its tokenizer.json has no chat tokens (<|user|>, <|assistant|>, <|end|>), so requests "
             "cannot be put to it. Audits of models with other chat formats are not supported yet"
         )
     if found.run is not None:

@@ -113,7 +113,8 @@ def choose_strays(recipe: Recipe, text: Sequence[Corpus]) -> tuple[str, ...]:
         for w, n in counts.items()
         if w.isascii() and w.isalpha() and w.islower() and 5 <= len(w) <= 10 and 2 <= n <= 12
     )
-    rare = [w for w in rare if w not in language]
+    meaningful = tuple(workshop.content_words())
+    rare = [w for w in rare if w not in language and not w.startswith(meaningful)]
     if len(rare) < recipe.data.workshop.strays:
         raise DataError(
             f"the text holds {len(rare)} uncommon words and [data.workshop] strays asks for "

@@ -221,6 +221,7 @@ def data_entry(run: RunFolder, material: corpus.Material, stages: Sequence[Stage
     files = [
         "tokenizer.json",
         "strays.json",
+        *(["organism.json"] if (run.path / "organism.json").is_file() else []),
         *sorted(str(f.relative_to(run.path)) for f in run.data.iterdir()),
     ]
     return {
