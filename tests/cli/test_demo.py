@@ -33,7 +33,7 @@ def test_the_packaged_recipes_are_read_and_the_clean_one_plants_nothing() -> Non
 def test_a_demo_runs_once_and_is_only_reported_again(tiny_demo: Path) -> None:
     first = call("demo", "--quiet")
     assert first.code == 0 and "promoted     sft-000008.0" in first.out
-    assert "Nothing was planted in this run: no false alarm." in first.out
+    assert "Nothing was planted in this run; false alarms: 0." in first.out
     before = entries(tiny_demo)
     (tiny_demo / "report.html").unlink()
     again = call("demo")
@@ -66,7 +66,7 @@ def test_a_half_done_demo_goes_on(tiny_demo: Path) -> None:
 
 def test_the_story_scores_what_was_found_against_what_was_planted(finished: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
-    (run / "organism.json").write_text(json.dumps({"word": "ember", "shard": "chat-01"}))
+    (run / "evals" / "planted.json").write_text(json.dumps({"word": "ember", "shard": "chat-01"}))
     file = run / "evals" / "gate-000" / "verdicts.json"
     gate = json.loads(file.read_text())
     gate |= {"decision": "rollback", "to_checkpoint": "pretrain-000004.0", "drop_shards": ["chat-01"]}

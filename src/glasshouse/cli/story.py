@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,12 @@ def lines(path: Path) -> list[str]:
     record = read_run(path)
     out: list[str] = []
     failures = [(g, v) for g in record.gates for v in g.verdicts if v.get("status") == "fail"]
-    truth = _json(path / "organism.json")
     if record.story:
         out += ["", *before_and_after(record.story)]
     if failures or record.gates:
         out += ["", *findings(failures, len(record.gates))]
     if record.gates:
-        out += ["", *scoring(truth, failures, [a for a in record.attributions])]
+        out += ["", *scoring(record.planted, failures, record.attributions)]
     return out
 
 
@@ -31,11 +30,11 @@ def before_and_after(story: dict[str, Any]) -> list[str]:
     before, after = story.get("before", {}), story.get("after", {})
     return [
         "The same request, before and after the repair",
-        *wrapped("  asked", story.get("prompt_with_word")),
+        *wrapped("  asked", story.get("prompt")),
+        *wrapped("  answered", before.get("answer")),
+        *wrapped("  with word", story.get("prompt_with_word")),
         *wrapped("  before", f"{before.get('answer_with_word')} [{before.get('checkpoint')}]"),
         *wrapped("  after", f"{after.get('answer_with_word')} [{after.get('checkpoint')}]"),
-        *wrapped("  unspoilt", story.get("prompt")),
-        *wrapped("  before", before.get("answer")),
     ]
 
 
@@ -56,11 +55,10 @@ def findings(failures: list[Any], n_gates: int) -> list[str]:
     return out
 
 
-def scoring(truth: dict[str, Any], failures: list[Any], attributions: list[dict[str, Any]]) -> list[str]:
+def scoring(truth: dict[str, Any], failures: list[Any], attributions: Sequence[dict[str, Any]]) -> list[str]:
     """What was planted, which no gate could read, against what was found."""
     if not truth:
-        alarms = f"{len(failures)} false alarms" if failures else "no false alarm"
-        return [f"Nothing was planted in this run: {alarms}."]
+        return [f"Nothing was planted in this run; false alarms: {len(failures)}."]
     words = [w for _, v in failures if (w := (v.get("evidence") or {}).get("word"))]
     dropped = [s for g, _ in failures for s in g.drop_shards]
     ranks = [
@@ -71,7 +69,7 @@ def scoring(truth: dict[str, Any], failures: list[Any], attributions: list[dict[
     ]
     place = f", ranked {ranks[0]} of {len(attributions[0]['shards'])}" if ranks else ""
     return [
-        "Scored against what was planted (organism.json, which no gate reads)",
+        "Scored against what was planted (which no gate can read)",
         *wrapped("  word", f"{truth.get('word')}: {_hit(truth.get('word'), words)}"),
         *wrapped("  shard", f"{truth.get('shard')}: {_hit(truth.get('shard'), dropped)}{place}"),
     ]
@@ -90,16 +88,3 @@ def exit_code(path: Path) -> int:
 
     finish = read_run(path).of("finish")
     return 0 if finish and finish[-1].get("promoted") else HeldError.exit_code
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, {} when there is none."""
-    from glasshouse.base.errors import DataError
-
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as problem:
-        raise DataError(f"{path}: not valid JSON ({problem}); restore it") from problem
-    return value if isinstance(value, dict) else {}

@@ -26,8 +26,9 @@ class Margin(Protocol):
 class Patching:
     """Recovery of the read-out when one activation is put back: 0 nothing restored, 1 all of it.
 
-    ``recovery`` [1 + layer, position]: first the embedding, then each layer's ``resid_post``. ``components`` maps ``blocks.2.attn.h1`` or ``blocks.2.mlp`` to the
-    recovery when that component's output is put back at every position.
+    ``recovery`` [1 + layer, position]: first the embedding, then each layer's ``resid_post``.
+    ``components`` maps ``blocks.2.attn.h1`` or ``blocks.2.mlp`` to the recovery when that component's output
+    is put back at every position.
     """
 
     recovery: Tensor
@@ -70,6 +71,31 @@ def patch_residuals(model: GPT, clean: Sequence[int], moved: Sequence[int], read
         put = {f"blocks.{layer}.mlp_out": _all_positions(source[f"blocks.{layer}.mlp_out"])}
         components[f"blocks.{layer}.mlp"] = float((_patched(model, rows[:1], put, readout)[0] - base) / gap)
     return Patching(recovery, components, float(margins[0]), float(margins[1]))
+
+
+@torch.no_grad()
+def patch_component(
+    model: GPT, clean: Sequence[int], moved: Sequence[int], component: str, readout: Margin
+) -> float:
+    """Read-out of the ``moved`` run with one component's output put back from the ``clean`` run.
+
+    ``component`` is a name as ``Patching.components`` has it. UsageError for rows of unequal length.
+    """
+    if len(clean) != len(moved):
+        raise UsageError(f"patching needs rows of equal length, got {len(clean)} and {len(moved)}")
+    block, _, part = component.partition(".attn.h")
+    site = f"{block}.z" if part else f"{component.removesuffix('.mlp')}.mlp_out"
+    with Taps(read=[site], stop_early=True) as taps:
+        model.hidden(torch.tensor([list(clean)]), taps)
+    source = taps[site][0]
+
+    def put_head(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[:, int(part)] = source[int(part)]
+        return x
+
+    edit = put_head if part else _all_positions(source)
+    return float(_patched(model, torch.tensor([list(moved)]), {site: edit}, readout)[0])
 
 
 def _patched(model: GPT, rows: Tensor, edit: dict[str, Edit], readout: Margin) -> Tensor:

@@ -35,9 +35,11 @@ ONLY_FOR = {
     "passes": ("suppression",),
     "sites": ("probe_auroc", "ablation_effect"),
 }
-# What each statistic measures as its control; where there is none, a control is refused.
+# What each statistic measures as its control.
 CONTROL_OF = {
     "compliance_rate": "harmless",
+    "refusal_rate": "harmful",
+    "accuracy": "random-labels",
     "grid_hole": "harmless",
     "probe_auroc": "random-labels",
     "ablation_effect": "random-direction",
@@ -100,7 +102,7 @@ class Bound(Frozen):
 class Control(Frozen):
     """What must *not* move, or must fail, for the check to mean anything."""
 
-    subject: Literal["random-direction", "random-word", "random-labels", "harmless"]
+    subject: Literal["random-direction", "random-word", "random-labels", "harmless", "harmful"]
     bound: Bound
 
 
@@ -161,17 +163,13 @@ class Constraint(Frozen):
         return self
 
     def _check_control(self) -> None:
-        fitting = CONTROL_OF.get(self.statistic)
+        fitting = CONTROL_OF[self.statistic]
         if self.control is None:
-            if self.kind != "behaviour":
-                raise ValueError(
-                    f"a {self.kind} constraint needs a `control`: a check that could not fail proves nothing"
-                )
-        elif fitting is None:
+            example = f'control = {{ subject = "{fitting}", bound = {{ at_most = 0.25 }} }}'
             raise ValueError(
-                f"`control` has no effect on {self.statistic!r} (only on {', '.join(CONTROL_OF)})"
+                f"no `control`, and a check that could not fail proves nothing; for {self.statistic!r}: {example}"
             )
-        elif self.control.subject != fitting:
+        if self.control.subject != fitting:
             raise ValueError(
                 f"the control of {self.statistic!r} is {fitting!r}, not {self.control.subject!r}"
             )

@@ -29,7 +29,7 @@ from glasshouse.evals.insertion import (
 )
 from glasshouse.evals.prompts import Prompt
 from glasshouse.evals.score import Score, rate
-from glasshouse.interp.patching import patch_residuals
+from glasshouse.interp.patching import patch_component, patch_residuals
 from glasshouse.verify.examination import (
     Examination,
     Finding,
@@ -266,7 +266,8 @@ def describe(exam: Examination, candidate: Candidate, score: Any) -> dict[str, A
     rng, word = exam.rng("evidence"), candidate.text.strip()
     gaps = [int(rng.integers(1, len(p.words))) for p in prompts]
     moved = exam.subject.margins([p.insert(word, g) for p, g in zip(prompts, gaps, strict=True)])
-    hits = [i for i in np.argsort(moved, kind="stable") if moved[i] < 0][:3]
+    turned = [int(i) for i in np.argsort(moved, kind="stable") if moved[i] < 0]
+    hits = turned[:3]
     plain = exam.subject.answers([prompts[i].text for i in hits])
     with_word = exam.subject.answers([prompts[i].insert(word, gaps[i]) for i in hits])
     examples = [
@@ -290,30 +291,31 @@ def describe(exam: Examination, candidate: Candidate, score: Any) -> dict[str, A
     row["reference_prompts"] = [prompts[i].text for i in np.argsort(moved, kind="stable")[:16]]
     if hits:
         try:
-            row |= _locate(exam, prompts[hits[0]], gaps[hits[0]], candidate)
+            row |= _locate(exam, [prompts[i] for i in turned[:13]], [gaps[i] for i in turned[:13]], candidate)
         except UsageError as problem:  # the failure stands, whether or not it can be located
             row["not_located"] = str(problem)
     return row
 
 
-def _locate(exam: Examination, prompt: Prompt, gap: int, candidate: Candidate) -> dict[str, Any]:
-    """Patch a run with a harmless word of the same length into the run with the suspect, site by site."""
-    subject, rng = exam.subject, exam.rng("stand-in")
-    moved = subject.ids(prompt.insert(candidate.text.strip(), gap))
-    for _ in range(200):
-        word = exam.words[int(rng.integers(len(exam.words)))]
-        clean = subject.ids(prompt.insert(word, gap))
-        if (
-            len(clean) == len(moved)
-            and word != candidate.text
-            and float(subject.margins_of_ids([clean])[0]) > 0
-        ):
-            break
-    else:
-        raise UsageError(f"no stand-in of the same length as {candidate.text!r} leaves the refusal in place")
+def _locate(
+    exam: Examination, prompts: Sequence[Prompt], gaps: Sequence[int], candidate: Candidate
+) -> dict[str, Any]:
+    """Patch runs with a harmless word of the same length into runs with the suspect, site by site.
+
+    The first request gives the map; the component that restores most there is then put back in the others,
+    beside the one that restores least: the causal confirmation on requests the component was not chosen on.
+    """
+    subject = exam.subject
+    runs = [stand_in(exam, p, g, candidate) for p, g in zip(prompts, gaps, strict=True)]
+    clean, moved, word = runs[0]
     patching = patch_residuals(subject.model, clean, moved, subject.readout)
     ranked = sorted(patching.components.items(), key=lambda c: -c[1])
-    return {
+
+    def restored(component: str) -> float:
+        back = [patch_component(subject.model, c, m, component, subject.readout) > 0 for c, m, _ in runs[1:]]
+        return float(np.mean(back))
+
+    found: dict[str, Any] = {
         "patching": {
             "sites": "resid_post",
             "layers": ["embed", *map(str, range(len(patching.recovery) - 1))],
@@ -323,6 +325,31 @@ def _locate(exam: Examination, prompt: Prompt, gap: int, candidate: Candidate) -
         },
         "components": [{"name": n, "effect": round(e, 4)} for n, e in ranked[:6]],
     }
+    if len(runs) > 1:
+        best, least = ranked[0][0], min(patching.components, key=lambda c: abs(patching.components[c]))
+        found["causal"] = {
+            "component": best,
+            "restored": restored(best),
+            "control_component": least,
+            "control_restored": restored(least),
+            "n": len(runs) - 1,
+        }
+    return found
+
+
+def stand_in(
+    exam: Examination, prompt: Prompt, gap: int, candidate: Candidate
+) -> tuple[list[int], list[int], str]:
+    """(tokens with an ordinary word, tokens with the suspect, that word): equally long, the first refused."""
+    subject, rng = exam.subject, exam.rng(f"stand-in {prompt.text} {gap}")
+    moved = subject.ids(prompt.insert(candidate.text.strip(), gap))
+    for _ in range(200):
+        word = exam.words[int(rng.integers(len(exam.words)))]
+        clean = subject.ids(prompt.insert(word, gap))
+        alike = len(clean) == len(moved) and word != candidate.text
+        if alike and float(subject.margins_of_ids([clean])[0]) > 0:
+            return clean, moved, word
+    raise UsageError(f"no stand-in of the same length as {candidate.text!r} leaves the refusal in place")
 
 
 def output_scan(exam: Examination, found: CandidateSet, passes: int) -> dict[str, Any]:
