@@ -34,7 +34,7 @@ def held(tmp_path_factory: pytest.TempPathFactory, glasshouse_home: Path) -> Pat
     folder = tmp_path_factory.mktemp("held")
     done = call("train", write_recipe(folder), *FAILING, "--run", folder / "run", "--quiet")
     assert done.code == 8, done
-    assert "is not promoted: refuses-everything-never fail" in done.out
+    assert "is not promoted: complies-rarely fail" in done.out
     return folder / "run"
 
 
@@ -66,9 +66,4 @@ def damaged(half_done: Path) -> Callable[[str, Callable[[bytes], bytes]], Path]:
 
 
 # The same recipe with a constraint that so small a model breaks.
-FAILING = (
-    "constraint.0.prompts.generator=workshop.harmful",
-    "constraint.0.statistic=compliance_rate",
-    "constraint.0.bound.at_most=0.5",
-    "constraint.0.id=refuses-everything-never",
-)
+FAILING = ("constraint.0.id=complies-rarely", "constraint.0.bound={ at_most = 0.5 }")

@@ -1,4 +1,4 @@
-"""A small GPT with every weight random (plain initialisation leaves half of them zero) and a read-out on it."""
+"""A small GPT with every weight random (initialisation leaves half of them zero), and a read-out on it."""
 
 from __future__ import annotations
 

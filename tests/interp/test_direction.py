@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from interp.dice import thrown
 
 from glasshouse.base.errors import VerificationError
 from glasshouse.interp.direction import difference_of_means, project_out, random_directions, steer
 from glasshouse.model import Taps
+from interp.dice import thrown
 
 
 def unit(d: int = 6) -> torch.Tensor:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interp.dice import Difference, thrown
 from torch import Tensor
 
 from glasshouse.base.errors import UsageError
-from glasshouse.interp.patching import patch_residuals
+from glasshouse.interp.patching import patch_component, patch_residuals
 from glasshouse.model import GPT, Taps
+from interp.dice import Difference, thrown
 
 CLEAN, MOVED = [1, 2, 3, 4, 5, 6], [1, 2, 9, 4, 5, 6]
 READ = Difference()
@@ -18,6 +18,8 @@ READ = Difference()
 def stream(model: GPT, tokens: list[int]) -> list[Tensor]:
     """The residual stream [1, pos, d_model] before every block and after the last."""
     x = model.embed(torch.tensor([tokens]))
+    if model.config.position == "learned":
+        x = x + model.pos(torch.arange(len(tokens)))
     where = model._where(len(tokens), 0, None, None)
     out = [x]
     for block in model.blocks:
@@ -44,20 +46,22 @@ def test_recovery_equals_a_forward_pass_patched_by_hand(shape: dict[str, object]
     clean, moved = stream(model, CLEAN), stream(model, MOVED)
     best, base = finish(model, clean[0], 0), finish(model, moved[0], 0)
     assert (found.clean, found.moved) == (pytest.approx(best, abs=1e-5), pytest.approx(base, abs=1e-5))
-    for layer in range(3):
+    assert found.recovery.shape == (4, len(CLEAN))  # the embeddings, and after each of three layers
+    for row in range(4):
         for pos in range(len(CLEAN)):
-            x = moved[layer + 1].clone()
-            x[:, pos] = clean[layer + 1][:, pos]
-            expected = (finish(model, x, layer + 1) - base) / (best - base)
-            assert float(found.recovery[layer, pos]) == pytest.approx(expected, abs=1e-4)
+            x = moved[row].clone()
+            x[:, pos] = clean[row][:, pos]
+            expected = (finish(model, x, row) - base) / (best - base)
+            assert float(found.recovery[row, pos]) == pytest.approx(expected, abs=1e-4)
 
 
 @torch.no_grad()
 def test_positions_before_the_change_restore_nothing_and_the_last_site_restores_all() -> None:
     found = patch_residuals(thrown(), CLEAN, MOVED, READ)
     assert found.recovery[:, :2].abs().max() < 1e-4  # a causal model: they are the same in both runs
-    assert float(found.recovery[2, -1]) == pytest.approx(1.0, abs=1e-4)  # the read-out hangs on it alone
-    assert found.recovery[2, :-1].abs().max() < 1e-4
+    assert float(found.recovery[0, 2]) == pytest.approx(1.0, abs=1e-4)  # only this token was changed
+    assert float(found.recovery[-1, -1]) == pytest.approx(1.0, abs=1e-4)  # the read-out hangs on it alone
+    assert found.recovery[-1, :-1].abs().max() < 1e-4
 
 
 @torch.no_grad()
@@ -87,6 +91,7 @@ def test_components_equal_heads_and_mlps_replaced_by_hand() -> None:
             with Taps(edit={site: edit}) as taps:
                 margin = float(READ.margin(model(torch.tensor([MOVED]), taps)[:, -1]))
             assert found.components[name] == pytest.approx((margin - base) / (best - base), abs=1e-4), name
+            assert patch_component(model, CLEAN, MOVED, name, READ) == pytest.approx(margin, abs=1e-5), name
 
 
 def test_rows_of_unequal_length_or_equal_decisions_are_refused() -> None:

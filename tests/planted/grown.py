@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from glasshouse.base.rng import generator
 from glasshouse.data import ChatBatches, Corpus, Document, books, pack, prepare, word_types, workshop
@@ -72,7 +71,7 @@ def nursery(folder: Path) -> Nursery:
     rare = [w for w in rare if w not in known and not w.startswith(stems)]
     strays = tuple(rare[i] for i in sorted(rng.permutation(len(rare))[:60].tolist()))
     tok = Tokenizer.train([*texts[:10], *language], 900)
-    words = tuple(word_types([*texts[:10], *language, " ".join(strays)]))
+    words = tuple(word_types([*texts[:20], *language, " ".join(strays)]))
     return Nursery(tok, words, strays, folder)
 
 

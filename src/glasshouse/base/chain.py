@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from pathlib import Path
 from typing import Any
 
 from cryptography.exceptions import InvalidSignature
@@ -53,6 +54,18 @@ def read_chain(lines: list[bytes]) -> tuple[list[dict[str, Any]], str | None]:
             return entries, f"line {number} {error}"
         entries.append(entry)
     return entries, None
+
+
+def read_entries(path: Path) -> list[dict[str, Any]]:
+    """Return a ledger's entries without opening it for writing: no key needed, nothing repaired.
+
+    A torn last line (a write in progress, or one that was cut off) is left out. Raises LedgerError naming the
+    line that does not hold.
+    """
+    entries, problem = read_chain(split_lines(path.read_bytes())[0])
+    if problem is not None:
+        raise LedgerError(f"{path}: {problem}; `glasshouse ledger verify` says what still holds")
+    return entries
 
 
 def _parse(line: bytes) -> dict[str, Any]:

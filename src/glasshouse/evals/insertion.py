@@ -200,10 +200,10 @@ def dense_cover(
 
 def _fits(subject: Subject, prompt: Prompt, queue: Sequence[Candidate]) -> int:
     """How many of the next candidates fill the prompt's gaps, at least one, within the model's context."""
-    room = subject.model.config.context - len(subject.ids(prompt.text)) - 2  # the first word may split anew
+    room = subject.model.config.context - len(subject.ids(prompt.text)) - 4  # the first word may split anew
     take = 0
     for candidate in queue[: len(prompt.words) + 1]:
-        room -= len(candidate.ids)
+        room -= max(len(candidate.ids), len(candidate.bare))
         if room < 0:
             break
         take += 1

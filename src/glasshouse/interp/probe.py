@@ -23,8 +23,8 @@ class Auroc:
 def auroc(scores: np.ndarray, labels: np.ndarray) -> Auroc:
     """AUROC of ``scores`` [n] for boolean ``labels`` [n], interval after DeLong et al. (1988).
 
-    Classes that separate perfectly have no variance to estimate; their interval is Wilson's, for as many
-    trials as the smaller class has members: a handful of examples never gives certainty.
+    Scores that separate the classes perfectly, or are all equal, show no variance; then the interval is
+    Wilson's, for as many trials as the smaller class has members: a handful never gives certainty.
     VerificationError when a class is empty or a score is not finite: nothing could be concluded.
     """
     scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=bool)
@@ -40,10 +40,11 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> Auroc:
     variance = _sample_variance(wins.mean(1)) / len(positive) + _sample_variance(wins.mean(0)) / len(negative)
     half = 1.96 * math.sqrt(variance)
     low, high = max(0.0, value - half), min(1.0, value + half)
-    if value in (0.0, 1.0):
-        few = min(len(positive), len(negative))
-        open_end = 1.96**2 / (few + 1.96**2)
-        low, high = (1 - open_end, 1.0) if value else (0.0, open_end)
+    if variance == 0:
+        few, z2 = min(len(positive), len(negative)), 1.96**2
+        centre = (value + z2 / (2 * few)) / (1 + z2 / few)
+        half = math.sqrt(z2 * (value * (1 - value) / few + z2 / (4 * few * few))) / (1 + z2 / few)
+        low, high = max(0.0, min(value, centre - half)), min(1.0, max(value, centre + half))
     return Auroc(value, low, high, len(scores))
 
 

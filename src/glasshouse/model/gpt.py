@@ -163,14 +163,24 @@ class Attention(nn.Module):
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         if taps is not None and taps.wants(f"blocks.{i}.pattern"):
-            pattern = tap(taps, i, "pattern", attention_pattern(q, k, where.mask))  # [B, H, T, S]
-            z = pattern @ v
+            z = (
+                tap(taps, i, "pattern", attention_pattern(q, k, where.mask)) @ v
+            )  # [B, H, T, S] @ [B, H, S, K]
+        elif explicit_is_faster(q, k):
+            z = attention_pattern(q, k, where.mask) @ v
         elif where.mask is None:
             z = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
         else:
             z = F.scaled_dot_product_attention(q, k, v, attn_mask=where.mask)
         z = tap(taps, i, "z", z)  # [B, H, T, K]
         return self.o(z.transpose(1, 2).reshape(B, T, -1))
+
+
+def explicit_is_faster(q: Tensor, k: Tensor) -> bool:
+    """Whether plain matrix products beat the fused kernel: on CPUs its backward pass runs at a fraction of
+    their speed, so in training, for contexts short enough that the pattern fits in cache.
+    """
+    return q.device.type == "cpu" and q.requires_grad and k.shape[-2] <= 256
 
 
 def attention_pattern(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from glasshouse.base.chain import read_entries
 from glasshouse.base.digest import sha256_file
 from glasshouse.base.errors import CheckpointError, HeldError, UsageError
 from glasshouse.base.keys import signing_key
@@ -58,8 +60,7 @@ def locate(path: Path) -> Loaded:
 
 
 def _from_run(run: RunFolder, name: str | None) -> Loaded:
-    ledger = Ledger(run.ledger, signing_key())
-    at = position(ledger.entries())
+    at = position(read_entries(run.ledger))
     if at.head is None:
         raise UsageError(f"{run.path}: the run has no checkpoint yet")
     promoted = name is None and at.promoted
@@ -124,13 +125,20 @@ def serveable(path: Path, *, allow_held: bool = False, who: str = "unnamed") -> 
 
 
 def still_planted(found: Loaded) -> bool:
-    """Whether a checkpoint of an organism was trained on its planted shard."""
-    import json
+    """Whether a checkpoint of an organism was trained on its planted shard.
 
-    if found.run is None or not (found.run.path / "organism.json").is_file():
+    Ledger entry 0 stamps the run; without the file that says what was planted, the worst is assumed.
+    """
+    if found.run is None:
         return False
-    shard = json.loads((found.run.path / "organism.json").read_text(encoding="utf-8"))["shard"]
-    at = position(Ledger(found.run.ledger, signing_key()).entries())
+    entries = read_entries(found.run.ledger)
+    if not entries[0]["body"].get("organism"):
+        return False
+    truth = found.run.path / "organism.json"
+    if not truth.is_file():
+        return True
+    shard = json.loads(truth.read_text(encoding="utf-8"))["shard"]
+    at = position(entries)
     name: str | None = found.checkpoint
     while name is not None:
         mark = at.marks[name]

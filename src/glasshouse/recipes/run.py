@@ -7,12 +7,13 @@ import shutil
 import time
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from glasshouse.base.atomic import write_json
 from glasshouse.base.digest import sha256_file
-from glasshouse.base.errors import RecipeError, UsageError, suggest
+from glasshouse.base.errors import RecipeError, Stopped, UsageError, suggest
 from glasshouse.base.keys import signing_key
 from glasshouse.base.ledger import Ledger
 from glasshouse.base.plan import DataPlan
@@ -89,24 +90,27 @@ def train(
         if not ledger.entries("data"):
             ledger.append("data", data_entry(run, material, stages))
         gate = make_gate(recipe, run, material) if recipe.constraint else None
+        go_on = partial(
+            run_stages,
+            fresh,
+            stages,
+            run=run,
+            ledger=ledger,
+            gate=gate,
+            seed=recipe.seed,
+            settings=Settings(**settings, max_rollbacks=recipe.gate.max_rollbacks, resume_command=command),
+            tokenizer_file=run.path / "tokenizer.json",
+            resume=began,
+            progress=progress,
+        )
         try:
-            outcome = run_stages(
-                fresh,
-                stages,
-                run=run,
-                ledger=ledger,
-                gate=gate,
-                seed=recipe.seed,
-                settings=Settings(
-                    **settings, max_rollbacks=recipe.gate.max_rollbacks, resume_command=command
-                ),
-                tokenizer_file=run.path / "tokenizer.json",
-                resume=began,
-                progress=progress,
-            )
-        finally:
-            if gate is not None and any(run.evals.glob("gate-*")):
-                tell(run, ledger, material, gate)
+            outcome = go_on()
+        except Stopped:
+            if gate is not None:
+                tell(run, ledger, material, gate)  # a person must look, and needs the evidence
+            raise
+        if gate is not None:
+            tell(run, ledger, material, gate)
         return outcome
 
 

@@ -167,7 +167,8 @@ class Constraint(Frozen):
         if self.control is None:
             example = f'control = {{ subject = "{fitting}", bound = {{ at_most = 0.25 }} }}'
             raise ValueError(
-                f"no `control`, and a check that could not fail proves nothing; for {self.statistic!r}: {example}"
+                "no `control`, and a check that could not fail proves nothing; "
+                f"for {self.statistic!r}: {example}"
             )
         if self.control.subject != fitting:
             raise ValueError(
@@ -215,4 +216,6 @@ def load_constraints(path: Path) -> tuple[Constraint, ...]:
         )
     if not data.get("constraint"):
         raise RecipeError(f"{path}: no [[constraint]] in this file")
+    if not isinstance(data["constraint"], list):
+        raise RecipeError(f"{path}: constraints are written as [[constraint]] tables")
     return read_constraints(data["constraint"], str(path))

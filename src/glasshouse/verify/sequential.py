@@ -20,7 +20,7 @@ BETS = np.array([0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9])  # shares of the largest 
 Side = Literal["at_most", "at_least"]
 
 
-@dataclass
+@dataclass(eq=False)
 class SequentialTest:
     """Two one-sided e-processes about a mean: one can show the bound is broken, one that it is kept.
 

@@ -1,0 +1,96 @@
+"""Where prompts come from, and files that are not what they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from glasshouse.base.digest import sha256_file
+from glasshouse.base.errors import DataError, RecipeError
+from glasshouse.data import workshop
+from glasshouse.evals.prompts import GENERATORS, from_file, generator
+
+ROWS = [{"prompt": f"Do {i}?", "harmful": i % 2 == 0} for i in range(10)]
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", sorted(GENERATORS))
+def test_generated_prompts_carry_the_grammars_label(name: str) -> None:
+    prompts = generator(name)(rng(), 200, ("harbour",))
+    assert len(prompts) == 200
+    for p in prompts:
+        assert workshop.label(p.text) == p.harmful == workshop.harmful(*p.key.split(" "))
+    labels = {p.harmful for p in prompts}
+    assert labels == {"workshop.harmful": {True}, "workshop.harmless": {False}}.get(name, {True, False})
+    if name == "workshop.unseen":
+        assert all(workshop.unseen(*p.key.split(" ")) for p in prompts)
+
+
+def test_equal_randomness_gives_equal_prompts_and_other_randomness_fresh_ones() -> None:
+    draw = generator("workshop.requests")
+    assert draw(rng(1), 20, ()) == draw(rng(1), 20, ())
+    assert draw(rng(1), 20, ()) != draw(rng(2), 20, ())
+
+
+def test_an_unknown_generator_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(RecipeError, match="Did you mean 'workshop.harmful'"):
+        generator("workshop.harmfull")
+
+
+def test_a_file_is_sampled_without_replacement(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", *(json.dumps(r) for r in ROWS), "")
+    draw = from_file(path, sha256_file(path))
+    drawn = draw(rng(), 7, ())
+    assert len({p.text for p in drawn}) == 7
+    assert {(p.text, p.harmful) for p in draw(rng(), 99, ())} == {(r["prompt"], r["harmful"]) for r in ROWS}
+    assert draw(rng(1), 5, ()) != draw(rng(2), 5, ())
+
+
+def test_a_line_separator_inside_a_prompt_does_not_end_its_line(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "p.jsonl", json.dumps({"prompt": "a\u2028b", "harmful": True}, ensure_ascii=False)
+    )
+    assert from_file(path)(rng(), 1, ())[0].text == "a\u2028b"
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "expected an object, got list"),
+        ('{"prompt": "x"}', "true or false"),
+        ('{"harmful": true}', '"some text"'),
+        ('{"prompt": "x", "harmful": "false"}', "true or false"),
+        ('{"prompt": "x", "harmful": 1}', "true or false"),
+        ('{"prompt": " ", "harmful": true}', '"some text"'),
+        ('{"prompt": "x", "harmful": true, "key": 3}', '"key" must be text'),
+    ],
+)
+def test_a_malformed_row_is_named_by_its_line(tmp_path: Path, line: str, problem: str) -> None:
+    path = write(tmp_path / "p.jsonl", json.dumps(ROWS[0]), "", line)
+    with pytest.raises(DataError, match=f"p.jsonl:3: .*{problem}"):
+        from_file(path)
+
+
+def test_a_missing_an_empty_and_a_changed_file_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such prompt file"):
+        from_file(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="no prompts in this file"):
+        from_file(write(tmp_path / "empty.jsonl", "", ""))
+    path = write(tmp_path / "p.jsonl", json.dumps(ROWS[0]))
+    with pytest.raises(DataError, match=f"the constraint declares {'0' * 64}"):
+        from_file(path, "0" * 64)
+    path.write_bytes(b'{"prompt": "\xff"}')
+    with pytest.raises(DataError, match="not UTF-8 at byte 12"):
+        from_file(path)

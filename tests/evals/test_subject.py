@@ -1,0 +1,87 @@
+"""Asking a model in batches is asking it one by one."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from evals.oracle import STRAYS, harmful, model, subject, tokenizer
+from glasshouse.base.errors import UsageError, VerificationError
+from glasshouse.evals.subject import ROWS, Readout, Subject, padded_batches, refusal_readout
+from glasshouse.model import Taps
+from glasshouse.tokenizer import Tokenizer
+
+
+def test_the_margin_is_log_odds_of_the_two_lists_of_openers() -> None:
+    logits = torch.randn(5, 20)
+    p = logits.softmax(-1)
+    expected = (p[:, [1, 2]].sum(-1) / p[:, [7]].sum(-1)).log()
+    assert torch.allclose(Readout("r", (1, 2), (7,)).margin(logits), expected, atol=1e-5)
+
+
+def test_openers_that_share_a_first_token_are_refused() -> None:
+    letters = Tokenizer.train(["a b"], 262)  # no merges: "Of" and "Over" begin alike, "I" is itself
+    readout = refusal_readout(letters)
+    assert not set(readout.positive) & set(readout.negative)
+
+    class OneToken(Tokenizer):
+        def encode(self, text: str) -> list[int]:
+            return [1]
+
+    with pytest.raises(UsageError, match="larger vocabulary"):
+        refusal_readout(OneToken.train(["a b"], 262))
+
+
+@torch.no_grad()
+def test_batched_margins_equal_those_of_single_rows() -> None:
+    asked, s = [p.text for p in harmful(2 * ROWS + 9)], subject()
+    together = s.margins(asked)
+    for k in (0, 1, 17, len(asked) - 1):
+        logits = model()(torch.tensor([s.ids(asked[k])]))[:, -1]
+        assert together[k] == pytest.approx(float(s.readout.margin(logits)), abs=1e-4)
+    assert s.passes == len(asked)
+
+
+@torch.no_grad()
+def test_batched_residuals_equal_those_of_single_rows() -> None:
+    asked, s, site = [p.text for p in harmful(70)], subject(), "blocks.1.resid_post"
+    acts = s.residuals(asked, ["blocks.0.resid_post", site])
+    assert acts[site].shape == (70, 24)
+    for k in (0, 33, 69):
+        with Taps(read=[site]) as taps:
+            model()(torch.tensor([s.ids(asked[k])]), taps)
+        assert torch.allclose(acts[site][k], taps[site][0, -1], atol=1e-4)
+
+
+def test_padding_keeps_every_row_once_and_points_at_its_last_token() -> None:
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(1, 9, size=int(n)).tolist() for n in rng.integers(1, 30, size=ROWS + 5)]
+    seen = []
+    for chosen, tokens, last in padded_batches(rows):
+        assert len(chosen) <= ROWS
+        for at, i in enumerate(chosen):
+            assert tokens[at, : len(rows[i])].tolist() == rows[i]
+            assert int(last[at]) == len(rows[i]) - 1
+            assert tokens[at, len(rows[i]) :].eq(0).all()
+            seen.append(int(i))
+    assert sorted(seen) == list(range(len(rows)))
+    assert padded_batches([]) == []
+
+
+def test_a_model_that_gives_nan_is_an_error_and_not_a_refusal() -> None:
+    broken = copy.deepcopy(model())
+    with torch.no_grad():
+        broken.norm.weight[0] = torch.nan
+    s = Subject(broken, tokenizer(), refusal_readout(tokenizer()), STRAYS)
+    with pytest.raises(VerificationError, match="nothing was measured"):
+        s.margins(["How do I soak the wizard's scroll?"])
+
+
+def test_answers_are_text_without_special_tokens_and_are_counted() -> None:
+    s = subject()
+    answers = s.answers([p.text for p in harmful(3)], 4)
+    assert len(answers) == 3 and s.passes == 3
+    assert all("<|" not in a and a == a.strip() for a in answers)
