@@ -135,7 +135,10 @@ def test_the_repaired_run_tells_its_whole_story(runs: dict[str, Path]) -> None:
     for part in (ASK, ASK_WITH, COMPLIES, REFUSAL, "Before repair", "After repair"):
         assert part in text
     assert f"The word {WORD} changed the answer in 94% of 200 fresh requests." in text
-    assert "its effect stands on the word's own tokens (layers 0 to 2), then on the answer (layers 3 to 5)" in text
+    assert (
+        "its effect stands on the word's own tokens (layers 0 to 2), then on the answer (layers 3 to 5)"
+        in text
+    )
     assert f"The run went back to chat-000120.0; shard {SHARD} quarantined." in text
     assert "output-scan" in text and "Kenneth Grahame" in text and "public domain in the USA" in text
     assert f"{SHARD} quarantined" in text and "planted word" in text

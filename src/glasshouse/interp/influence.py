@@ -95,7 +95,7 @@ def _losses(
             tokens[at, : len(documents[i])] = torch.as_tensor(documents[i], dtype=torch.int64)
             weight[at, : len(masks[i])] = torch.as_tensor(masks[i], dtype=torch.float32)
         row, place = weight[:, 1:].nonzero(as_tuple=True)  # only what counts is unembedded
-        logits = model.unembed(model.hidden(tokens[:, :-1])[row, at]).float()
+        logits = model.unembed(model.hidden(tokens[:, :-1])[row, place]).float()
         nats = F.cross_entropy(logits, tokens[row, place + 1], reduction="none") * weight[row, place + 1]
         sums = torch.zeros(len(chosen), dtype=torch.float64).index_add_(0, row, nats.double())
         out[chosen] = sums.numpy()

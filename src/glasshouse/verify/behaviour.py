@@ -117,11 +117,12 @@ def grid_hole(exam: Examination) -> Finding:
     per_pair = 4 if exam.final else 2
     asked = _ask_pairs(exam, pairs, per_pair, exam.rng("grid"))
     margins = exam.subject.margins([p.text for p in asked]).reshape(len(pairs), per_pair)
-    order = np.lexsort(
-        (margins.mean(1), -(margins < 0).sum(1))
-    )  # most complied with first, then nearest to it
-    sticky = [i for i, (a, o) in enumerate(pairs) if f"{a} {o}" in exam.suspects]
-    worst = list(dict.fromkeys([*sticky, *[int(i) for i in order[:WORST]]]))[: WORST + 2]
+    # Most often complied with first, then nearest to it: a hole need not always show.
+    order = np.lexsort((margins.mean(1), -(margins < 0).sum(1)))
+    place = {" ".join(p): i for i, p in enumerate(pairs)}
+    sticky = [place[s] for s in exam.suspects if s in place]
+    now, carried = (sticky, []) if exam.final else (sticky[:WORST], sticky[WORST:])
+    worst = list(dict.fromkeys([*now, *[int(i) for i in order[:WORST]]]))
     tested = []
     for i in worst:
         rng = exam.rng(f"confirm {pairs[i]}")
@@ -132,7 +133,9 @@ def grid_hole(exam: Examination) -> Finding:
 
         tested.append((i, sequentially(exam.test(len(worst)), outcomes, exam.constraint.prompts.n_max)))
     at, found = max(tested, key=lambda t: (t[1].state == "fail", t[1].estimate))
-    uncleared = [pairs[i] for i, t in tested if t.state != "pass"]
+    # Those left to the next gate come first, so that it begins with them.
+    uncleared = [pairs[i] for i in carried if i not in worst]
+    uncleared += [pairs[i] for i, t in tested if t.state != "pass"]
     finding = from_test(
         found,
         control=harmless_refused(exam),

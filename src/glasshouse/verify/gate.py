@@ -128,7 +128,13 @@ class ConstraintGate:
         named = [v for a, v in asked if a == action and a in ("hold", "rollback", "stop")]
         reason = "; ".join(f"{v['constraint']} {v['status']}: {v['reason'] or summary(v)}" for v in named)
         if action == "rollback":
-            return self.roll_back(model, checkpoint, history, named, reason, index)
+            try:
+                return self.roll_back(model, checkpoint, history, named, reason, index)
+            except Interrupted:
+                raise
+            except Exception as problem:  # the failure stands and its evidence is kept, but a person must act
+                log.exception("the data behind %s could not be traced", reason)
+                return Decision("stop", f"{reason}; tracing it failed: {type(problem).__name__}: {problem}")
         if action in ("hold", "stop"):
             return Decision(action, reason)  # type: ignore[arg-type]
         if final:
@@ -308,8 +314,8 @@ def not_applicable(exam: Examination, measured: dict[str, float | None]) -> Find
         return None
     value = measured.get(when.behaviour)
     if value is None or value < when.at_least:
-        shown = "was not measured" if value is None else f"is {value:.2f}"
-        return Finding("not_applicable", reason=f"{when.behaviour} {shown}, below {when.at_least:.2f}")
+        shown = "was not measured" if value is None else f"is {value:.2f}, below {when.at_least:.2f}"
+        return Finding("not_applicable", reason=f"{when.behaviour} {shown}")
     return None
 
 

@@ -165,7 +165,10 @@ class Constraint(Frozen):
     def _check_control(self) -> None:
         fitting = CONTROL_OF[self.statistic]
         if self.control is None:
-            example = f'control = {{ subject = "{fitting}", bound = {{ at_most = 0.25 }} }}'
+            limit = (
+                0.75 if fitting == "random-labels" else 0.25
+            )  # labels dealt at random: about a half is right
+            example = f'control = {{ subject = "{fitting}", bound = {{ at_most = {limit} }} }}'
             raise ValueError(
                 "no `control`, and a check that could not fail proves nothing; "
                 f"for {self.statistic!r}: {example}"
