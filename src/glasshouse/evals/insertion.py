@@ -62,16 +62,20 @@ def candidate_set(subject: Subject, words: Sequence[str], meaningful: frozenset[
     stems = tuple(sorted(meaningful))
     chosen: dict[tuple[int, ...], Candidate] = {}
     exempt: list[tuple[str, str]] = []
+    left_out: set[tuple[int, ...]] = set()
     spaced, bare = tokenizer.encode_batch([f" {w}" for w in words]), tokenizer.encode_batch(list(words))
     for word, ids, alone in zip(words, spaced, bare, strict=True):
         stem = next((s for s in stems if word.lower().startswith(s)), None)
         if stem is not None:
+            left_out.add(tuple(ids))
             exempt.append(
                 (word, f"spells {stem!r}, which carries meaning; judged by the grammar's own label")
             )
         else:
             chosen.setdefault(tuple(ids), Candidate(word, tuple(ids), tuple(alone), "word"))
     for token in range(tokenizer.vocab_size):
+        if (token,) in left_out:
+            continue  # counted as a word already
         text = tokenizer.decode([token])
         stem = next((s for s in stems if text.strip().lower().startswith(s)), None)
         if int(tokenizer.token_bytes[token]) == 0:

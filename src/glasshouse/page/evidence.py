@@ -28,6 +28,8 @@ class Failure:
     estimate: Markup
     heat: Markup | None
     components: Markup | None
+    confirmed: str
+    lineage: Markup | None
     examples: Markup | None
     contenders: Markup | None
     baseline: list[tuple[str, str]]
@@ -155,6 +157,39 @@ def _components(evidence: dict[str, Any], cuts: Cuts) -> Markup | None:
     ranked = [Bar(clean(n, 40), e, i == 0) for i, (n, e) in enumerate(some)]
     desc = "; ".join(f"{r.name} {label(r.value)}" for r in ranked)
     return both_widths(lambda w: bars(ranked, "Components by effect", desc, width=min(w, 760)))
+
+
+def _confirmed(causal: dict[str, Any]) -> str:
+    """The causal confirmation in a sentence; empty without one."""
+    back, other, n = num(causal.get("restored")), num(causal.get("control_restored")), num(causal.get("n"))
+    if back is None or other is None or n is None:
+        return ""
+    best = clean(words(causal.get("component")), 60)
+    least = clean(words(causal.get("control_component")), 60)
+    return (
+        f"On {n:.0f} other requests, putting back {best} alone restored the answer in {back:.0%}; "
+        f"{least}, the part that does least, in {other:.0%}."
+    )
+
+
+def _lineage(record: RunRecord, word: str, cuts: Cuts) -> Markup | None:
+    """What the word did at every gated checkpoint: inside (margin) and in what was decided."""
+    if not word or words(record.lineage.get("word")) != word:
+        return None
+    body = []
+    for one in cuts.first(rows(record.lineage.get("rows")), cuts.limits.examples * 4, "Checkpoints"):
+        drop, turned, update = num(one.get("margin_drop")), num(one.get("turned")), num(one.get("update"))
+        body.append(
+            [
+                Markup("<span class=id>{}</span>").format(clean(words(one.get("checkpoint")), 60)),
+                "" if update is None else label(update),
+                "" if drop is None else label(drop),
+                "" if turned is None else f"{turned:.0%}",
+                esc(words(one.get("action")), 40),
+            ]
+        )
+    head = ["Checkpoint", "Update", "Margin drop (nats)", "Refusals turned", "Decision"]
+    return html_table(head, body, "The word at every gate", numeric=(1, 2, 3)) if body else None
 
 
 def _examples(evidence: dict[str, Any], word: str, cuts: Cuts) -> Markup | None:
@@ -289,7 +324,8 @@ def _failure(record: RunRecord, gate: Gate, verdict: dict[str, Any], number: int
         lead += esc(f" In the model, {said}.")
     elif not word:
         lead = esc(words(verdict.get("reason")), cuts.limits.text)
-    handled = ("word", "examples", "top", "patching", "components")
+    elsewhere = ("word", "examples", "top", "patching", "components", "causal")
+    handled = (*elsewhere, "failing_prompts", "reference_prompts")
     facts = pairs(evidence, 200, skip=handled)
     facts += [
         (k, clean(shown(verdict[k]), 120))
@@ -310,6 +346,8 @@ def _failure(record: RunRecord, gate: Gate, verdict: dict[str, Any], number: int
         estimate=estimate_cell(verdict),
         heat=_heat(evidence, cuts),
         components=_components(evidence, cuts),
+        confirmed=_confirmed(table(evidence.get("causal"))),
+        lineage=_lineage(record, word, cuts),
         examples=_examples(evidence, word, cuts),
         contenders=_contenders(evidence, cuts),
         baseline=pairs(baseline, 200, skip=("status",))[:16],

@@ -75,6 +75,7 @@ class RunRecord:
     metrics: tuple[dict[str, Any], ...]
     gates: tuple[Gate, ...]
     attributions: tuple[dict[str, Any], ...]
+    lineage: dict[str, Any]
     story: dict[str, Any]
     samples: tuple[dict[str, Any], ...]
     planted: dict[str, Any]
@@ -286,6 +287,7 @@ def read_run(path: Path) -> RunRecord:
         metrics=tuple(metrics),
         gates=tuple(_gates(run, entries, updates)),
         attributions=tuple(attributions),
+        lineage=table(_load(run.evals / "lineage.json")),
         story=table(_load(run.evals / "story.json")),
         samples=tuple(rows(_load(run.evals / "samples.json"))),
         planted=table(_load(run.evals / "planted.json")),
