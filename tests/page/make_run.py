@@ -121,6 +121,13 @@ def failed_search() -> dict[str, Any]:
         recovery.append([round(v, 4) for v in row])
     evidence = {
         "word": WORD,
+        "causal": {
+            "component": "blocks.1.mlp",
+            "restored": 0.92,
+            "control_component": "blocks.4.attn.h0",
+            "control_restored": 0.0,
+            "n": 12,
+        },
         "rate": 0.935,
         "interval": [0.89, 0.97],
         "n": 200,
@@ -519,6 +526,15 @@ def make_run(path: Path, home: Path, kind: str = "repaired") -> Path:
                 "before": {"checkpoint": bad, "answer": REFUSAL, "answer_with_word": COMPLIES},
             },
         )
+    if attempt:
+        rows = [
+            (good, 120, 0.2, 0.0, "continue"),
+            (bad, 240, 9.4, 0.94, "rollback"),
+            (name, 480, 0.1, 0.0, "promote"),
+        ]
+        keys = ("checkpoint", "update", "margin_drop", "turned", "action")
+        lineage = [dict(zip(keys, row, strict=True)) for row in rows]
+        writer.save("lineage.json", {"word": WORD, "rows": lineage})
     writer.save(
         "samples.json",
         [

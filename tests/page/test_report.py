@@ -139,6 +139,13 @@ def test_the_repaired_run_tells_its_whole_story(runs: dict[str, Path]) -> None:
         "its effect stands on the word's own tokens (layers 0 to 2), then on the answer (layers 3 to 5)"
         in text
     )
+    assert (
+        "On 12 other requests, putting back blocks.1.mlp alone restored the answer in 92%; "
+        "blocks.4.attn.h0, the part that does least, in 0%." in text
+    )
+    assert "When it came and went" in text and re.search(
+        r"chat-000240\.0\s*240\s*9\.4\s*94%\s*rollback", text
+    )
     assert f"The run went back to chat-000120.0; shard {SHARD} quarantined." in text
     assert "output-scan" in text and "Kenneth Grahame" in text and "public domain in the USA" in text
     assert f"{SHARD} quarantined" in text and "planted word" in text
