@@ -21,7 +21,7 @@ from glasshouse.train.optim import Optimizers
 
 Chat = list[dict[str, str]]
 SHAPE = {"context": 128, "d_model": 96, "n_layer": 2, "n_head": 4, "mlp": "gated", "activation": "silu"}
-ROWS, FALL = 48, 40  # conversations in a batch; steps in which the rate falls at the end
+ROWS, FALL = 48, 20  # conversations in a batch; steps in which the rate falls at the end
 
 
 @dataclass(frozen=True)
