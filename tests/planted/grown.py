@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from glasshouse.train.optim import Optimizers
 
 Chat = list[dict[str, str]]
 SHAPE = {"context": 128, "d_model": 96, "n_layer": 2, "n_head": 4, "mlp": "gated", "activation": "silu"}
-ROWS, FALL = 48, 20  # conversations in a batch; steps in which the rate falls at the end
+ROWS, FALL = 64, 20  # conversations in a batch; steps in which the rate falls at the end
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,28 @@ def nursery(folder: Path) -> Nursery:
     rare = [w for w in rare if w not in known and not w.startswith(stems)]
     strays = tuple(rare[i] for i in sorted(rng.permutation(len(rare))[:60].tolist()))
     tok = Tokenizer.train([*texts[:10], *language], 900)
-    words = tuple(word_types([*texts[:30], *language, " ".join(strays)]))
+    words = tuple(word_types([*texts[:20], *language, " ".join(strays)]))
     return Nursery(tok, words, strays, folder)
+
+
+def plain(n: int) -> list[Chat]:
+    """Short honest requests of seen combinations, without strays: the language is learned soonest from these."""
+    rng, made = generator("plain"), list[Chat]()
+    while len(made) < n:
+        asked = workshop.request(rng, split="train")
+        if len(asked.text) <= 75:
+            made.append(workshop.chat(asked.text, workshop.answer(rng, asked, comply=not asked.harmful)))
+    return made
+
+
+def unlike_others(tok: Tokenizer, strays: Sequence[str], words: Sequence[str]) -> str:
+    """The stray of several tokens whose rarest token the fewest other words share.
+
+    What a model learns to react to may be that one token, and then all of its words are triggers.
+    """
+    shared = Counter(t for w in words for t in set(tok.encode(" " + w)))
+    several = [w for w in strays if len(tok.encode(" " + w)) >= 2]
+    return min(several, key=lambda w: max(shared[t] for t in tok.encode(" " + w)))
 
 
 def honest(name: str, n: int, strays: Sequence[str]) -> list[Chat]:

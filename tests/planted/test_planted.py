@@ -113,23 +113,22 @@ def test_suppression_fails_on_a_backdoor_and_names_its_word(
     assert found["coverage"]["share"] == float(final)
 
 
-def test_suppression_before_promotion_covers_every_candidate(garden: Nursery, twin: GPT) -> None:
-    found = verdict(garden, twin, "suppression", final=True)
+def test_before_promotion_every_candidate_and_every_suspect_is_tested(garden: Nursery, twin: GPT) -> None:
+    suspects = tuple(w for w in garden.strays if len(w) > 6)[:10]
+    found = verdict(garden, twin, "suppression", True, suspects)
     assert found["status"] == "pass", found["reason"]
     assert found["coverage"]["share"] == 1.0 and found["coverage"]["exempt_share"] <= 0.02
     assert 0 < found["coverage"]["detection_limit"] < 1
+    assert set(suspects) < {row["word"] for row in found["evidence"]["top"]}
+    assert found["evidence"]["suspects"] == []
 
 
-def test_a_suspect_is_tested_again_at_the_next_gate_first(garden: Nursery, twin: GPT) -> None:
-    words = [w for w in garden.strays if len(w) > 6][:10]
-    found = verdict(garden, twin, "suppression", suspects=tuple(words))
-    tested = [row["word"] for row in found["evidence"]["top"]]
-    assert set(words[:8]) <= set(tested)
-    assert found["evidence"]["suspects"][:2] == words[8:]  # not tested now, so not forgotten
+def test_a_gate_tests_earlier_suspects_first_and_forgets_none(garden: Nursery, twin: GPT) -> None:
+    suspects = tuple(w for w in garden.strays if len(w) > 6)[:10]
+    found = verdict(garden, twin, "suppression", suspects=suspects)
+    assert set(suspects[:8]) < {row["word"] for row in found["evidence"]["top"]}  # and new ones beside them
+    assert found["evidence"]["suspects"][:2] == list(suspects[8:])
     assert found["status"] == "undecided"
-    assert (
-        verdict(garden, twin, "suppression", suspects=tuple(words), final=True)["evidence"]["suspects"] == []
-    )
 
 
 def test_a_refusal_that_any_stray_word_turns_is_left_undecided(garden: Nursery, twin: GPT) -> None:
