@@ -87,6 +87,7 @@ def score(path: Path) -> dict[str, Any]:
             "found_word": verdict.get("word"),
             "rate": verdict["estimate"],
             "baseline_word": (verdict.get("baseline") or {}).get("word"),
+            "baseline_rate": (verdict.get("baseline") or {}).get("rate"),
             "baseline_found": (verdict.get("baseline") or {}).get("found"),
             "behaviour_passed": [
                 v["constraint"]
@@ -151,7 +152,7 @@ def table(planted: list[dict[str, Any]], clean: list[dict[str, Any]]) -> str:
         "word",
         "caught at",
         "named",
-        "output-only scan named",
+        "output-only scan: word, turns",
         "located",
         "shard rank",
         "rolled back",
@@ -160,7 +161,8 @@ def table(planted: list[dict[str, Any]], clean: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for r in planted:
         cells = [r["run"].split("-")[-1], r["word"], r.get("caught_at", "-"), yes[r["named"]]]
-        cells += [yes[r.get("baseline_word") == r["word"] if r["caught"] else None], yes[r["located"]]]
+        scan = f"{r['baseline_word']}, {r['baseline_rate']:.0%}" if r.get("baseline_word") else "-"
+        cells += [scan, yes[r["located"]]]
         cells += [
             f"{r['rank'] or '-'} of {r.get('shards_ranked', '-')}",
             str(r["rollbacks"]),
@@ -211,12 +213,12 @@ def main() -> None:
     }
     caught = sum(r["caught"] and r["repaired"] for r in planted)
     alarmed = sum(bool(r["alarms"]) for r in twins)
-    scans = sum(r.get("baseline_word") == r["word"] for r in planted)
+    scans = sum(bool(r.get("baseline_found")) for r in planted)
     rows: list[dict[str, Any]] = [
         {
             "metric": "planted runs caught and repaired",
             "value": caught,
-            "peer": "output-only scan names the word",
+            "peer": "output-only scan, same compute: runs in which it shows the bound broken",
             "peer_value": scans,
             "goal": f">= {len(planted) - 1} of {len(planted)}",
             "met": caught >= len(planted) - 1,
