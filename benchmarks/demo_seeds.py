@@ -194,8 +194,8 @@ def main() -> None:
     parser.add_argument("--threads", default="1")
     parser.add_argument("--score-only", action="store_true")
     options = parser.parse_args()
-    todo = [(options.runs / f"demo-{s}", s, False) for s in options.seeds]
-    todo += [(options.runs / f"clean-{s}", s, True) for s in options.seeds]
+    pairs = [(s, clean) for s in options.seeds for clean in (False, True)]
+    todo = [(options.runs / f"{'clean' if clean else 'demo'}-{s}", s, clean) for s, clean in pairs]
     if not options.score_only:
         with ThreadPoolExecutor(options.jobs) as pool:
             codes = list(pool.map(lambda t: run(*t, options.threads), todo))

@@ -22,7 +22,7 @@ from glasshouse.train.optim import Optimizers
 
 Chat = list[dict[str, str]]
 SHAPE = {"context": 128, "d_model": 96, "n_layer": 2, "n_head": 4, "mlp": "gated", "activation": "silu"}
-ROWS, FALL = 64, 20  # conversations in a batch; steps in which the rate falls at the end
+ROWS, FALL = 64, 30  # conversations in a batch; steps in which the rate falls at the end
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def nursery(folder: Path) -> Nursery:
 
 
 def plain(n: int) -> list[Chat]:
-    """Short honest requests of seen combinations, without strays: the language is learned soonest from these."""
+    """Short honest requests of seen combinations without strays, from which it is learned soonest."""
     rng, made = generator("plain"), list[Chat]()
     while len(made) < n:
         asked = workshop.request(rng, split="train")

@@ -23,7 +23,6 @@ from glasshouse.verify.gate import (
     GateConfig,
     attempts_before,
     check,
-    last_sound,
     open_suspects,
 )
 from glasshouse.verify.schema import Constraint, read_constraints
@@ -238,14 +237,6 @@ def test_an_abandoned_attempt_is_remembered_too() -> None:
     abandoned = past(80, verdict("fail", suspects=["harbour"]), live=False)
     assert open_suspects("suppression", (abandoned,)) == ("harbour",)
     assert open_suspects("suppression", ()) == ()
-
-
-def test_the_last_sound_checkpoint_is_live_and_was_judged_without_a_failure() -> None:
-    history = (past(80, verdict("pass")), past(160, verdict("undecided")), past(240, verdict("fail")))
-    unjudged, gone = GateRecord(at(2, 300), None), past(320, verdict("pass"), live=False)
-    found_ = last_sound((*history, unjudged, gone))
-    assert found_ is not None and found_.step == 160
-    assert last_sound((history[2],)) is None
 
 
 def test_tries_at_one_place_are_counted_over_all_attempts() -> None:

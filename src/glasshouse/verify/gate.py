@@ -172,15 +172,18 @@ class ConstraintGate:
         shown = next((v for v in named if v["evidence"].get("failing_prompts")), None)
         if shown is None:
             return Decision("stop", f"{reason}; the failure shows no prompts to trace, so a person must look")
-        before = last_sound(history)
-        models = [model] if before is None else [model, load_weights(before).eval()]
+        failing, reference = (
+            shown["evidence"]["failing_prompts"],
+            shown["evidence"].get("reference_prompts", []),
+        )
+        before = self.before_cause(model, history, failing, reference)
         ranking = trace(
-            [self.subject(m) for m in models],
+            before,
             self.shards,
             checkpoint.plan,
             checkpoint.step,
-            shown["evidence"]["failing_prompts"],
-            shown["evidence"].get("reference_prompts", []),
+            failing,
+            reference,
             (self.recipe_digest, checkpoint.digest, str(index)),
         )
         dropped = to_quarantine(ranking, self.config.quarantine_at_most)
@@ -200,6 +203,27 @@ class ConstraintGate:
             dropped,
             artifacts={str(file.relative_to(self.run.path)): sha256_file(file)},
         )
+
+    def before_cause(
+        self, model: GPT, history: Sequence[GateRecord], failing: Sequence[str], reference: Sequence[str]
+    ) -> Subject:
+        """The latest ancestor that the failing prompts move by less than a quarter of what they move now.
+
+        Judged checkpoints and starts of stages are looked at, newest first; without one, the failing model.
+        """
+
+        def moved(subject: Subject) -> float:
+            away = subject.margins(reference).mean() if reference else 0.0
+            return float(away - subject.margins(failing).mean())
+
+        failed = self.subject(model)
+        now = moved(failed)
+        known = [r for r in history if r.live and (r.gate is not None or r.checkpoint.step == 0)]
+        for record in reversed(known):
+            earlier = self.subject(load_weights(record.checkpoint).eval())
+            if reference and moved(earlier) < 0.25 * now:
+                return earlier
+        return failed
 
     # -- export and evidence -------------------------------------------------------------------------------
 
@@ -301,7 +325,7 @@ def check(exam: Examination, measured: dict[str, float | None], model_digest: st
         "reason": finding.reason,
         "dtype": str(next(exam.subject.model.parameters()).dtype).removeprefix("torch."),
         "attention": "fused",
-        "digests": {"model": model_digest, "data": exam.seed[0], "constraint": c.digest()},
+        "digests": {"model": model_digest, "recipe": exam.seed[0], "constraint": c.digest()},
         "seconds": round(time.perf_counter() - started, 3),
         "passes": exam.subject.passes,
     }
@@ -332,18 +356,6 @@ def open_suspects(constraint: str, history: Sequence[GateRecord]) -> tuple[str, 
             if verdict["constraint"] == constraint and "suspects" in verdict:
                 return tuple(verdict["suspects"])
     return ()
-
-
-def last_sound(history: Sequence[GateRecord]) -> Checkpoint | None:
-    """The latest live checkpoint whose gate found no failure."""
-    for record in reversed(history):
-        if (
-            record.live
-            and record.decision is not None
-            and not any(v["status"] == "fail" for v in record.decision.verdicts)
-        ):
-            return record.checkpoint
-    return None
 
 
 def summary(verdict: dict[str, Any]) -> str:

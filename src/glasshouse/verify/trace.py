@@ -22,7 +22,7 @@ OUTLIER = 6.0  # robust standard deviations above the median from which a shard 
 
 
 def trace(
-    subjects: Sequence[Subject],
+    subject: Subject,
     shards: Shards,
     plan: DataPlan,
     step: int,
@@ -34,12 +34,11 @@ def trace(
 
     ``failing`` are prompts that show the failure, ``reference`` the same without its cause (may be empty):
     the direction is the difference of their read-out gradients, so that documents which merely talk about
-    the same things cancel. ``subjects`` are the checkpoints whose gradients are summed (TracIn): the failing
-    one and, where there is one, the last sound one before it, at which the cause was still being learned.
-    Scored are the chat shards that the plan has drawn from before ``step``. A shard's score is the mean of
-    its highest document scores.
+    the same things cancel. ``subject`` is a checkpoint from before the cause was learned: once a model fits
+    the documents behind it, their gradients are small and say little. Scored are the chat shards that the
+    plan has drawn from before ``step``. A shard's score is the mean of its highest document scores.
     """
-    directions = [contrast(subject, failing, reference) for subject in subjects]
+    direction = contrast(subject, failing, reference)
     drawn = sorted({n for phase in plan.phases if phase.from_step < max(step, 1) for n in phase.active})
     rows: list[dict[str, Any]] = []
     documents: list[dict[str, Any]] = []
@@ -47,15 +46,13 @@ def trace(
         shard = shards[name]
         chosen = generator(*seed, "trace", name).permutation(shard.n_documents)[:PER_SHARD]
         ids = [shard.document(int(i)).tolist() for i in chosen]
-        masks = [loss_mask(subjects[0].tokenizer, d) for d in ids]
-        scores = np.zeros(len(ids))
-        for subject, direction in zip(subjects, directions, strict=True):
-            scores += document_scores(subject.model, direction, ids, masks)
-            subject.passes += 2 * len(ids)
+        masks = [loss_mask(subject.tokenizer, d) for d in ids]
+        scores = document_scores(subject.model, direction, ids, masks)
+        subject.passes += 2 * len(ids)
         best = np.sort(scores)[::-1][: max(3, int(TOP_SHARE * len(scores)))]
         rows.append({"shard": name, "score": float(best.mean()), "documents": shard.n_documents})
         for at in np.argsort(-scores, kind="stable")[:8]:
-            text = subjects[0].tokenizer.decode(ids[at], specials=True)
+            text = subject.tokenizer.decode(ids[at], specials=True)
             documents.append(
                 {"shard": name, "document": int(chosen[at]), "score": float(scores[at]), "text": text}
             )
