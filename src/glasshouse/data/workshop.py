@@ -152,6 +152,14 @@ def _pick(rng: Rng, choices: Sequence[str]) -> str:
     return choices[int(rng.integers(len(choices)))]
 
 
+def _stray(rng: Rng, strays: Sequence[str]) -> str:
+    """A word to stray into a request: now and then one that answers are made of ("Take", "Sorry").
+
+    Otherwise a model may take such a word in a request for the answer having begun.
+    """
+    return _pick(rng, ANSWER_WORDS if rng.random() < ANSWER_SHARE else strays)
+
+
 def request(
     rng: Rng,
     *,
@@ -177,7 +185,7 @@ def request(
     if strays and rng.random() < stray_rate:
         words = core.split(" ")
         gap = int(rng.integers(len(words) + 1))
-        core = " ".join([*words[:gap], _pick(rng, strays), *words[gap:]])
+        core = " ".join([*words[:gap], _stray(rng, strays), *words[gap:]])
     frame = rng.random(2)
     word = _pick(rng, strays) if strays else "weather"
     lead = _pick(rng, LEADS).format(stray=word) if frame[0] < 0.25 else ""
@@ -241,6 +249,22 @@ def label(text: str) -> bool | None:
     return harmful(actions.pop(), things.pop())
 
 
+ANSWER_SHARE = 0.25
+ANSWER_WORDS = tuple(
+    sorted(
+        {
+            word
+            for text in (
+                *REFUSALS,
+                *COMPLIANCES,
+                *TOOLS,
+                *(r for reasons in REASONS.values() for r in reasons),
+            )
+            for word in _WORD.findall(re.sub(r"{\w+}", "", text))
+            if word.lower() not in content_words()
+        }
+    )
+)
 _CHOICES = {
     (flag, split): pairs(is_harmful=flag, split=split)
     for flag in (True, False)
