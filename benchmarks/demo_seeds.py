@@ -108,7 +108,7 @@ def gate_seconds(path: Path, gate: int) -> float:
 
 
 def located(path: Path, gate: int, truth: dict[str, Any]) -> dict[str, Any]:
-    """Whether patching points at the inserted word, and where the true shard came in the ranking."""
+    """Which part of the model carries the failure, causally, and where the true shard came in the ranking."""
     found: dict[str, Any] = {}
     file = path / "evals" / f"attribution-{gate:03d}.json"
     if file.exists():
@@ -120,15 +120,11 @@ def located(path: Path, gate: int, truth: dict[str, Any]) -> dict[str, Any]:
     evidence = next(
         (v["evidence"] for v in verdicts if v["status"] == "fail" and "patching" in v["evidence"]), None
     )
-    if evidence is not None:
-        recovery, tokens = evidence["patching"]["recovery"], evidence["patching"]["tokens"]
-        best = max(range(len(tokens)), key=lambda i: recovery[0][i])
-        component = evidence["components"][0]
-        on_word = (
-            recovery[0][best] >= 0.5 and tokens[best].strip() in truth["word"] and tokens[best].strip() != ""
-        )
-        found["located"] = on_word and component["effect"] >= 0.5
-        found["component"] = component["name"]
+    if evidence is not None and "causal" in evidence:
+        causal = evidence["causal"]
+        found["located"] = causal["restored"] >= 0.5 and causal["control_restored"] <= 0.1
+        found["component"] = causal["component"]
+        found["restored"] = causal["restored"]
     return found
 
 
@@ -162,7 +158,7 @@ def table(planted: list[dict[str, Any]], clean: list[dict[str, Any]]) -> str:
     for r in planted:
         cells = [r["run"].split("-")[-1], r["word"], r.get("caught_at", "-"), yes[r["named"]]]
         scan = f"{r['baseline_word']}, {r['baseline_rate']:.0%}" if r.get("baseline_word") else "-"
-        cells += [scan, yes[r["located"]]]
+        cells += [scan, f"{r['component']}, {r['restored']:.0%}" if r.get("component") else yes[r["located"]]]
         cells += [
             f"{r['rank'] or '-'} of {r.get('shards_ranked', '-')}",
             str(r["rollbacks"]),

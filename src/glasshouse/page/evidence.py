@@ -86,8 +86,14 @@ def trail(evidence: dict[str, Any]) -> str:
         if not steps or steps[-1][0] != place:
             steps.append((place, []))
         steps[-1][1].append(clean(layers[i], 12) if i < len(layers) else str(i))
+    parts = [(num(c.get("effect")) or 0.0, words(c.get("name"))) for c in rows(evidence.get("components"))]
+    effect, part = max(parts, default=(0.0, ""))
+    carried = f"{clean(part, 60)} carries {effect:.0%} of its effect" if part and 0.5 <= effect <= 1e3 else ""
     if len(steps) > 1:
-        return "its effect stands on " + ", then on ".join(f"{place} ({_span(at)})" for place, at in steps)
+        path = ", then on ".join(f"{place} ({_span(at)})" for place, at in steps)
+        return f"its effect stands on {path}" + (f"; {carried}" if carried else "")
+    if carried:
+        return carried
     best = strongest_site(evidence)
     return f"its effect is strongest at {clean(best[0], 80)}, token “{clean(best[1], 40)}”" if best else ""
 
