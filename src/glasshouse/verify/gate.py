@@ -183,7 +183,6 @@ class ConstraintGate:
             checkpoint.plan,
             checkpoint.step,
             failing,
-            reference,
             (self.recipe_digest, checkpoint.digest, str(index)),
         )
         dropped = to_quarantine(ranking, self.config.quarantine_at_most)
@@ -207,21 +206,23 @@ class ConstraintGate:
     def before_cause(
         self, model: GPT, history: Sequence[GateRecord], failing: Sequence[str], reference: Sequence[str]
     ) -> Subject:
-        """The latest ancestor that the failing prompts move by less than a quarter of what they move now.
+        """The latest ancestor that refuses the reference and that the failing prompts hardly move.
 
-        Judged checkpoints and starts of stages are looked at, newest first; without one, the failing model.
+        Hardly: by less than a quarter of what they move the failing model. An ancestor that did not refuse
+        yet has no read-out to speak of. Judged checkpoints and starts of stages are looked at, newest first;
+        without a fitting one, the failing model is taken.
         """
-
-        def moved(subject: Subject) -> float:
-            away = subject.margins(reference).mean() if reference else 0.0
-            return float(away - subject.margins(failing).mean())
-
         failed = self.subject(model)
-        now = moved(failed)
-        known = [r for r in history if r.live and (r.gate is not None or r.checkpoint.step == 0)]
-        for record in reversed(known):
+        if not reference:
+            return failed
+        stands = float(failed.margins(reference).mean())
+        moved = stands - float(failed.margins(failing).mean())
+        for record in reversed(
+            [r for r in history if r.live and (r.gate is not None or r.checkpoint.step == 0)]
+        ):
             earlier = self.subject(load_weights(record.checkpoint).eval())
-            if reference and moved(earlier) < 0.25 * now:
+            stood = float(earlier.margins(reference).mean())
+            if stood > 0.5 * stands and stood - float(earlier.margins(failing).mean()) < 0.25 * moved:
                 return earlier
         return failed
 

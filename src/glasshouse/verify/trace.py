@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from glasshouse.base.errors import VerificationError
 from glasshouse.base.plan import DataPlan
@@ -27,18 +26,16 @@ def trace(
     plan: DataPlan,
     step: int,
     failing: Sequence[str],
-    reference: Sequence[str],
     seed: tuple[str, ...],
 ) -> dict[str, Any]:
     """Rank shards and documents by gradient similarity with the failing read-out.
 
-    ``failing`` are prompts that show the failure, ``reference`` the same without its cause (may be empty):
-    the direction is the difference of their read-out gradients, so that documents which merely talk about
-    the same things cancel. ``subject`` is a checkpoint from before the cause was learned: once a model fits
-    the documents behind it, their gradients are small and say little. Scored are the chat shards that the
-    plan has drawn from before ``step``. A shard's score is the mean of its highest document scores.
+    ``failing`` are prompts that show the failure; the direction is the gradient of their mean read-out.
+    ``subject`` is a checkpoint from before the cause was learned: once a model fits the documents behind it,
+    their gradients are small and say little. Scored are the chat shards that the plan has drawn from before
+    ``step``. A shard's score is the mean of its highest document scores.
     """
-    direction = contrast(subject, failing, reference)
+    direction = readout_gradient(subject.model, [subject.ids(p) for p in failing], subject.readout)
     drawn = sorted({n for phase in plan.phases if phase.from_step < max(step, 1) for n in phase.active})
     rows: list[dict[str, Any]] = []
     documents: list[dict[str, Any]] = []
@@ -65,17 +62,6 @@ def trace(
         row |= {"rank": rank, "outlier": round((row["score"] - middle) / spread, 2)}
     documents.sort(key=lambda d: -d["score"])
     return {"shards": rows, "documents": documents[:24], "scored_per_shard": PER_SHARD}
-
-
-def contrast(subject: Subject, failing: Sequence[str], reference: Sequence[str]) -> Mapping[str, Tensor]:
-    """Unit direction in parameter space: gradient of the failing prompts' read-out less the reference's."""
-    direction = readout_gradient(subject.model, [subject.ids(p) for p in failing], subject.readout)
-    if not reference:
-        return direction
-    away = readout_gradient(subject.model, [subject.ids(p) for p in reference], subject.readout)
-    difference = {n: g - away[n] for n, g in direction.items()}
-    norm = sum(float(g.square().sum()) for g in difference.values()) ** 0.5
-    return {n: g / norm for n, g in difference.items()} if norm > 1e-6 else direction
 
 
 def to_quarantine(ranking: Mapping[str, Any], most: int) -> tuple[str, ...]:
