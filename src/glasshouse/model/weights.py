@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,17 @@ def write_safetensors(
 ) -> None:
     """Write tensors atomically; equal tensors give equal bytes. ``transformers`` wants ``format: pt``."""
     plain = {k: v.detach().to("cpu").contiguous() for k, v in tensors.items()}
-    write_bytes(path, save(plain, {"format": "pt", **(metadata or {})}))
+    write_bytes(path, _in_order(save(plain, {"format": "pt", **(metadata or {})})))
+
+
+def _in_order(data: bytes) -> bytes:
+    """The same file with its metadata sorted: the library writes several entries in a random order."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
 
 def read_folder(
