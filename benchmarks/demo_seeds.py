@@ -29,6 +29,8 @@ RECIPE = Path(__file__).resolve().parents[1] / "src" / "glasshouse" / "recipes" 
 
 PREMISE = "learned-the-combination"  # its failing says that there is nothing to check yet; it is no alarm
 
+TUNED_ON = {1, 2, 3, 4, 5}  # seeds whose results were looked at while recipe and method were changed
+
 
 def run(path: Path, seed: int, clean: bool, threads: str) -> int:
     """Train one run in a process of its own; a finished one is left as it is."""
