@@ -203,7 +203,8 @@ def main() -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
-    same = {
+    same: dict[str, Any] = {"held_out": not TUNED_ON & set(options.seeds)}
+    same |= {
         "seeds": options.seeds,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "commit": commit,
