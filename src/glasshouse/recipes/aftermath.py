@@ -47,12 +47,12 @@ def tell(run: RunFolder, ledger: Ledger, material: Material, gate: ConstraintGat
             lineage.append(
                 {**row, "action": decision["action"], **read_word(subject, found["word"], material)}
             )
-    files = {"samples.json": samples}
+    files: dict[str, Any] = {"samples.json": samples}
     if found is not None:
-        files["lineage.json"] = {"word": found["word"], "rows": lineage}  # type: ignore[assignment]
+        files["lineage.json"] = {"word": found["word"], "rows": lineage}
     story = before_and_after(gate, gated, found)
     if story is not None:
-        files["story.json"] = story  # type: ignore[assignment]
+        files["story.json"] = story
     if (run.path / "organism.json").is_file():  # the report scores what was found against the truth
         files["planted.json"] = json.loads((run.path / "organism.json").read_text(encoding="utf-8"))
     for name, value in files.items():
