@@ -161,9 +161,9 @@ def test_too_long_a_sequence_is_refused(any_model):
 @torch.no_grad()
 def test_casting_keeps_the_rotary_tables_in_fp32(tiny):
     model = tiny("ours")
-    exact = model.rope_cos.clone()
+    exact = model.rope.clone()
     half = model.to(torch.bfloat16)
-    assert half.rope_cos.dtype == torch.float32 and torch.equal(half.rope_cos, exact)
+    assert half.rope.dtype == torch.float32 and torch.equal(half.rope, exact)
     assert half.embed.weight.dtype == torch.bfloat16
     assert half(TOKENS).dtype == torch.bfloat16
 

@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from glasshouse.base.config import Frozen
+from glasshouse.model.attend import Rule, attend, attention_pattern, causal_mask
+from glasshouse.model.config import GPTConfig, RopeScaling
 from glasshouse.model.taps import Taps, tap
 
 if TYPE_CHECKING:
@@ -35,55 +35,6 @@ BLOCK_SITES = (
     *("resid_pre", "q", "k", "v", "pattern", "z", "attn_out"),
     *("resid_mid", "mlp_pre", "mlp_post", "mlp_out", "resid_post"),
 )
-
-
-class GPTConfig(Frozen):
-    """The shape of a model. ``None`` means "derived", and is resolved by the properties below."""
-
-    vocab_size: int = Field(ge=2)
-    context: int = Field(ge=1, description="longest sequence, in tokens")
-    d_model: int = Field(ge=1)
-    n_layer: int = Field(ge=1)
-    n_head: int = Field(ge=1)
-    n_kv_head: int | None = Field(default=None, ge=1, description="key/value heads; None: one per query head")
-    d_head: int | None = Field(default=None, ge=1, description="None: d_model / n_head")
-    d_mlp: int | None = Field(default=None, ge=1, description="None: 4 d_model plain, 8/3 d_model gated")
-    norm: Literal["rms", "layer"] = "rms"
-    norm_eps: float = Field(default=1e-5, gt=0)
-    position: Literal["rotary", "learned"] = "rotary"
-    rope_theta: float = Field(default=10_000.0, gt=0)
-    mlp: Literal["plain", "gated"] = "plain"
-    activation: Literal["gelu", "gelu_tanh", "silu", "relu", "relu2"] = "relu2"
-    attn_bias: bool = False
-    attn_out_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    tied: bool = True
-
-    @model_validator(mode="after")
-    def _consistent(self) -> GPTConfig:
-        if self.d_head is None and self.d_model % self.n_head:
-            raise ValueError(f"d_model {self.d_model} is not a multiple of n_head {self.n_head}")
-        if self.n_head % self.kv_heads:
-            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.kv_heads}")
-        if self.position == "rotary" and self.head_width % 2:
-            raise ValueError(f"rotary positions need an even head width, not {self.head_width}")
-        return self
-
-    @property
-    def head_width(self) -> int:
-        """Width of one head (K)."""
-        return self.d_head or self.d_model // self.n_head
-
-    @property
-    def kv_heads(self) -> int:
-        """Number of key/value heads (G)."""
-        return self.n_kv_head or self.n_head
-
-    @property
-    def mlp_width(self) -> int:
-        """Width of the MLP (F)."""
-        return self.d_mlp or (4 * self.d_model if self.mlp == "plain" else 8 * self.d_model // 3)
 
 
 def activate(kind: str, x: Tensor) -> Tensor:
@@ -103,93 +54,116 @@ def activate(kind: str, x: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm (Zhang & Sennrich 2019) whose weight follows the input's precision, so that it stays fused."""
+    """RMSNorm (Zhang & Sennrich 2019) whose weight follows the input's precision, so that it stays fused.
+
+    With ``offset`` the gain is 1 + weight, and rounding waits until after it (Gemma).
+    """
+
+    def __init__(self, width: int, eps: float, offset: bool = False):
+        super().__init__(width, eps=eps)
+        self.offset = offset
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.offset:
+            return F.rms_norm(x.float(), self.normalized_shape, 1 + self.weight.float(), self.eps).to(x.dtype)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def make_norm(config: GPTConfig, width: int) -> nn.Module:
-    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016) over the last dimension."""
-    if config.norm == "rms":
-        return RMSNorm(width, eps=config.norm_eps)
-    return nn.LayerNorm(width, eps=config.norm_eps)
+    """RMSNorm (Zhang & Sennrich 2019), LayerNorm (Ba et al. 2016) or nothing, over the last dimension."""
+    match config.norm:
+        case "rms":
+            return RMSNorm(width, config.norm_eps, config.norm_offset)
+        case "layer":
+            return nn.LayerNorm(width, eps=config.norm_eps)
+    return nn.Identity()
 
 
-def rotary_tables(config: GPTConfig, n: int) -> tuple[Tensor, Tensor]:
-    """cos, sin of every (position, frequency), each [n, d_head / 2], in fp32."""
-    half = config.head_width // 2
-    frequency = config.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)
+def rotary_tables(config: GPTConfig, n: int, *, windowed: bool = False) -> tuple[Tensor, Tensor]:
+    """cos, sin of every (position, frequency), each [n, rotated / 2], in fp32."""
+    half = config.rotated // 2
+    theta = (config.rope_theta_window if windowed else None) or config.rope_theta
+    frequency = theta ** (-torch.arange(half, dtype=torch.float32) / half)
+    if config.rope_scaling is not None and not (windowed and config.rope_theta_window is not None):
+        frequency = stretched(frequency, config.rope_scaling)
     angle = torch.arange(n, dtype=torch.float32)[:, None] * frequency
     return angle.cos(), angle.sin()
 
 
+def stretched(frequency: Tensor, scaling: RopeScaling) -> Tensor:
+    """Rotary frequencies [n] after ``scaling``."""
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    turns = scaling.original_context * frequency / (2 * math.pi)  # of each pair over the trained context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # share left as it was: 1 for fast pairs, 0 for slow
+    return kept * frequency + (1 - kept) * frequency / scaling.factor
+
+
 def rotate(x_BHTK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (x[i], x[i + K/2]), the half-split layout Hugging Face uses. cos, sin: [.., T, K/2]."""
-    a, b = x_BHTK.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BHTK.dtype)
+    """Rotate pairs (x[i], x[i + R/2]) of the first R dimensions, the half-split layout Hugging Face uses.
+
+    cos, sin: [.., T, R/2]; dimensions beyond R stay as they are.
+    """
+    R = 2 * cos.shape[-1]
+    a, b = x_BHTK[..., :R].float().chunk(2, dim=-1)
+    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BHTK.dtype)
+    return turned if x_BHTK.shape[-1] == R else torch.cat((turned, x_BHTK[..., R:]), dim=-1)
+
+
+def project(x: Tensor, q: nn.Linear, k: nn.Linear, v: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [..., out] of one input."""
+    return q(x), k(x), v(x)
 
 
 class Attention(nn.Module):
-    """Multi-head causal attention with grouped key/value heads."""
+    """Multi-head attention with grouped key/value heads."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.config, self.layer = config, layer
         D, H, G, K = config.d_model, config.n_head, config.kv_heads, config.head_width
+        self.rule = Rule(config.attn_scale or K**-0.5, config.attn_softcap, config.causal)
         self.q = nn.Linear(D, H * K, bias=config.attn_bias)
         self.k = nn.Linear(D, G * K, bias=config.attn_bias)
         self.v = nn.Linear(D, G * K, bias=config.attn_bias)
         self.o = nn.Linear(H * K, D, bias=config.attn_out_bias)
         if config.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(K, eps=config.norm_eps), RMSNorm(K, eps=config.norm_eps)
+            spans = (K, K) if config.qk_norm_span == "head" else (H * K, G * K)
+            self.q_norm, self.k_norm = (RMSNorm(n, config.norm_eps, config.norm_offset) for n in spans)
+        if config.value_residual and layer > 0:
+            self.mix = nn.Parameter(torch.tensor([0.5, 0.5]))  # of the first layer's values, of its own
 
     def forward(
         self, x_BTD: Tensor, where: Where, taps: Taps | None = None, cache: KVCache | None = None
     ) -> Tensor:
         B, T, _ = x_BTD.shape
-        K, i = self.config.head_width, self.layer
-        q = self.q(x_BTD).view(B, T, -1, K).transpose(1, 2)  # [B, H, T, K]
-        k = self.k(x_BTD).view(B, T, -1, K).transpose(1, 2)  # [B, G, T, K]
-        v = self.v(x_BTD).view(B, T, -1, K).transpose(1, 2)
-        if self.config.qk_norm:
+        q, k, v = project(x_BTD, self.q, self.k, self.v)
+        if self.config.qk_norm and self.config.qk_norm_span == "all":
             q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (x.view(B, T, -1, self.config.head_width).transpose(1, 2) for x in (q, k, v))
+        if self.config.qk_norm and self.config.qk_norm_span == "head":
+            q, k = self.q_norm(q), self.k_norm(k)  # q: [B, H, T, K]; k, v: [B, G, T, K]
+        if self.config.value_residual:  # Zhou et al. 2024, arXiv 2410.17897
+            if not hasattr(self, "mix"):
+                where.first_v = v
+            elif where.first_v is not None:
+                v = self.mix[0] * where.first_v + self.mix[1] * v
         if where.cos is not None and where.sin is not None:
             q, k = rotate(q, where.cos, where.sin), rotate(k, where.cos, where.sin)
-        q, k, v = tap(taps, i, "q", q), tap(taps, i, "k", k), tap(taps, i, "v", v)
+        q, k, v = tap(taps, self, "q", q), tap(taps, self, "k", k), tap(taps, self, "v", v)
         if cache is not None:
-            k, v = cache.extend(i, k, v)  # [B, G, S, K]
-        groups = q.shape[1] // k.shape[1]
+            k, v = cache.extend(self.layer, k, v)  # [B, G, S, K]
+        groups = self.config.n_head // self.config.kv_heads
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        if taps is not None and taps.wants(f"blocks.{i}.pattern"):
-            z = (
-                tap(taps, i, "pattern", attention_pattern(q, k, where.mask)) @ v
-            )  # [B, H, T, S] @ [B, H, S, K]
-        elif explicit_is_faster(q, k):
-            z = attention_pattern(q, k, where.mask) @ v
-        elif where.mask is None:
-            z = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        if taps is not None and taps.wants(f"blocks.{self.layer}.pattern"):
+            pattern = attention_pattern(q, k, where.mask, self.rule)
+            z = tap(taps, self, "pattern", pattern) @ v  # [B, H, T, S] @ [B, H, S, K]
         else:
-            z = F.scaled_dot_product_attention(q, k, v, attn_mask=where.mask)
-        z = tap(taps, i, "z", z)  # [B, H, T, K]
+            z = attend(q, k, v, where.mask, self.rule)
+        z = tap(taps, self, "z", z)  # [B, H, T, K]
         return self.o(z.transpose(1, 2).reshape(B, T, -1))
-
-
-def explicit_is_faster(q: Tensor, k: Tensor) -> bool:
-    """Whether plain matrix products beat the fused kernel: on CPUs its backward pass runs at a fraction of
-    their speed, so in training, for contexts short enough that the pattern fits in cache.
-    """
-    return q.device.type == "cpu" and q.requires_grad and k.shape[-2] <= 256
-
-
-def attention_pattern(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """Explicit softmax attention [B, H, T, S]: what fused kernels never form. ``mask``: True = attend."""
-    T, S = q.shape[-2], k.shape[-2]
-    scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
-    if mask is None:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1).to(q.dtype)
 
 
 class MLP(nn.Module):
@@ -206,11 +180,11 @@ class MLP(nn.Module):
 
     def forward(self, x_BTD: Tensor, taps: Taps | None = None) -> Tensor:
         gated = self.config.mlp == "gated"
-        pre = tap(taps, self.layer, "mlp_pre", self.gate(x_BTD) if gated else self.up(x_BTD))
+        pre = tap(taps, self, "mlp_pre", self.gate(x_BTD) if gated else self.up(x_BTD))
         post = activate(self.config.activation, pre)
         if gated:
             post = post * self.up(x_BTD)
-        return self.down(tap(taps, self.layer, "mlp_post", post))  # mlp_post: [B, T, F]
+        return self.down(tap(taps, self, "mlp_post", post))  # mlp_post: [B, T, F]
 
 
 class Block(nn.Module):
@@ -218,35 +192,43 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.layer = layer
-        self.norm1, self.attn = make_norm(config, config.d_model), Attention(config, layer)
-        self.norm2, self.mlp = make_norm(config, config.d_model), MLP(config, layer)
+        self.layer, self.parallel, self.windowed = layer, config.parallel, config.windowed(layer)
+        before, after = config.norm_place != "post", config.norm_place != "pre"
+
+        def norm(wanted: bool) -> nn.Module:
+            return make_norm(config, config.d_model) if wanted else nn.Identity()
+
+        self.norm1, self.attn, self.post1 = norm(before), Attention(config, layer), norm(after)
+        self.norm2, self.mlp, self.post2 = norm(before), MLP(config, layer), norm(after)
 
     def forward(
         self, x: Tensor, where: Where, taps: Taps | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        i = self.layer
-        x = tap(taps, i, "resid_pre", x)
-        attended = self.attn(self.norm1(x), where, taps, cache)
-        x = tap(taps, i, "resid_mid", x + tap(taps, i, "attn_out", attended))
-        x = tap(taps, i, "resid_post", x + tap(taps, i, "mlp_out", self.mlp(self.norm2(x), taps)))
-        return x
+        x = tap(taps, self, "resid_pre", x)
+        attended = tap(taps, self, "attn_out", self.post1(self.attn(self.norm1(x), where, taps, cache)))
+        mid = tap(taps, self, "resid_mid", x + attended)
+        made = tap(taps, self, "mlp_out", self.post2(self.mlp(self.norm2(x if self.parallel else mid), taps)))
+        return tap(taps, self, "resid_post", mid + made)
 
 
 class Where:
-    """Where the new tokens stand: rotary tables for their positions and who may attend to whom."""
+    """Where the new tokens stand: rotary tables for their positions and who may attend to whom.
 
-    __slots__ = ("cos", "mask", "sin")
+    ``first_v``: the first layer's values of this pass, for ``value_residual``.
+    """
+
+    __slots__ = ("cos", "first_v", "mask", "sin")
 
     def __init__(self, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None):
         self.cos, self.sin, self.mask = cos, sin, mask
+        self.first_v: Tensor | None = None
 
 
 class GPT(nn.Module):
-    """A decoder-only language model. ``model(tokens)`` gives logits [batch, pos, vocab]."""
+    """A language model. ``model(tokens)`` gives logits [batch, pos, vocab]."""
 
-    rope_cos: Tensor
-    rope_sin: Tensor
+    rope: Tensor
+    rope_window: Tensor
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -258,10 +240,18 @@ class GPT(nn.Module):
         self.norm = make_norm(config, config.d_model)
         if not config.tied:
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        if config.position == "rotary":
-            cos, sin = rotary_tables(config, config.context)
-            self.register_buffer("rope_cos", cos, persistent=False)
-            self.register_buffer("rope_sin", sin, persistent=False)
+        self.run_block: Callable[..., Tensor] = Block.__call__  # `compiled.compile_blocks` puts a faster one
+        self.make_tables()
+
+    def make_tables(self) -> None:
+        """(Re)compute the rotary tables [2 (cos, sin), context, rotated / 2] on the parameters' device."""
+        if self.config.position != "rotary":
+            return
+        device = self.embed.weight.device
+        for name, windowed in (("rope", False), ("rope_window", True)):
+            if not windowed or self.config.rope_theta_window is not None:
+                tables = torch.stack(rotary_tables(self.config, self.config.context, windowed=windowed))
+                self.register_buffer(name, tables.to(device), persistent=False)
 
     def init_weights(self, seed: int) -> GPT:
         """Initialise every parameter from ``seed``: the same bits for the same torch and CPU capability.
@@ -271,13 +261,16 @@ class GPT(nn.Module):
         | embeddings, head              | normal, std 0.02 (GPT-2)                              |
         | q, k, v, gate, up             | normal, std d_model ** -0.5                           |
         | o, down (write to the stream) | zero: each block starts as the identity (muP, Yang et al. 2022) |
-        | norm weights / all biases     | one / zero                                            |
+        | norm weights / all biases     | one (zero with norm_offset) / zero                    |
+        | value mix                     | half the first layer's, half its own                  |
         """
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             with torch.no_grad():
-                if p.ndim == 1:
-                    p.fill_(1.0 if name.endswith("weight") else 0.0)
+                if name.endswith("mix"):
+                    p.fill_(0.5)
+                elif p.ndim == 1:
+                    p.fill_(1.0 if name.endswith("weight") and not self.config.norm_offset else 0.0)
                 elif name.endswith(("o.weight", "down.weight")):
                     p.zero_()
                 else:
@@ -288,9 +281,8 @@ class GPT(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GPT:
         """Move or cast as any module, but keep the rotary tables in fp32: bf16 has no angle to spare."""
         super()._apply(fn, recurse)
-        if self.config.position == "rotary" and self.rope_cos.dtype != torch.float32:
-            cos, sin = rotary_tables(self.config, self.config.context)
-            self.rope_cos, self.rope_sin = cos.to(self.rope_cos.device), sin.to(self.rope_sin.device)
+        if self.config.position == "rotary" and self.rope.dtype != torch.float32:
+            self.make_tables()
         return self
 
     def sites(self) -> list[str]:
@@ -334,13 +326,15 @@ class GPT(nn.Module):
         if past + T > self.config.context:
             raise ValueError(f"{past + T} positions exceed the model's context of {self.config.context}")
         x = self.embed(tokens_BT)
+        if self.config.embed_scale is not None:
+            x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype, device=x.device)
         if self.config.position == "learned":
             at = torch.arange(past, past + T, device=x.device) if positions_BT is None else positions_BT
             x = x + self.pos(at)
-        where = self._where(T, past, positions_BT, mask)
+        full, local = self.where(T, past, positions_BT, mask)
         x = taps("embed", x) if taps is not None else x
         for block in self.blocks:
-            x = block(x, where, taps, cache)
+            x = self.run_block(block, x, local if block.windowed else full, taps, cache)
             if taps is not None and taps.done:
                 return x
         if cache is not None:
@@ -350,13 +344,29 @@ class GPT(nn.Module):
 
     def unembed(self, x: Tensor) -> Tensor:
         """Logits [..., vocab] of normed residuals [..., d_model]."""
-        return F.linear(x, self.embed.weight) if self.config.tied else self.head(x)
+        logits = F.linear(x, self.embed.weight) if self.config.tied else self.head(x)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def _where(self, T: int, past: int, positions_BT: Tensor | None, mask: Tensor | None) -> Where:
-        if mask is None and past and T > 1:  # new tokens see all of the cache and the earlier new ones
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=self.embed.weight.device).tril(past)
-        if self.config.position != "rotary":
-            return Where(None, None, mask)
-        if positions_BT is None:
-            return Where(self.rope_cos[past : past + T], self.rope_sin[past : past + T], mask)
-        return Where(self.rope_cos[positions_BT][:, None], self.rope_sin[positions_BT][:, None], mask)
+    def where(
+        self, T: int, past: int = 0, positions_BT: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Where, Where]:
+        """What full and windowed layers need to know about T new tokens after ``past`` cached ones."""
+        S, device, config = past + T, self.embed.weight.device, self.config
+        if mask is None and past and T > 1 and config.causal:
+            mask = causal_mask(T, S, device)  # new tokens see all of the cache and the earlier new ones
+        at = slice(past, S) if positions_BT is None else positions_BT
+
+        def turned(name: str) -> tuple[Tensor | None, Tensor | None]:
+            if config.position != "rotary":
+                return None, None
+            cos, sin = getattr(self, name)[:, at]
+            return (cos, sin) if positions_BT is None else (cos[:, None], sin[:, None])
+
+        full = Where(*turned("rope"), mask)
+        if config.window_tokens is None:
+            return full, full
+        if config.window_tokens < S:
+            window = causal_mask(T, S, device, config.window_tokens)
+            mask = window if mask is None else mask & window
+        return full, Where(*turned("rope" if config.rope_theta_window is None else "rope_window"), mask)

@@ -18,7 +18,7 @@ from torch import Tensor
 from glasshouse.base.atomic import write_text
 from glasshouse.base.errors import CheckpointError, UsageError
 from glasshouse.model.families import ACTIVATIONS, FAMILIES, GPT2, INERT, Family, Place, family_for
-from glasshouse.model.gpt import GPT, GPTConfig, rotary_tables
+from glasshouse.model.gpt import GPT, GPTConfig
 from glasshouse.model.weights import INDEX, SINGLE, Shapes, read_folder, read_json, write_safetensors
 
 LIMIT = 2**20  # a larger width, vocabulary or context in a config.json is a mistake or an attack
@@ -63,7 +63,7 @@ def load_hf(
     tensors = read_folder(folder, expected, dtype=dtype)
     model.load_state_dict(_ours(folder, family, config, shapes, tensors), assign=True)
     if config.position == "rotary":
-        model.rope_cos, model.rope_sin = rotary_tables(config, config.context)
+        model.make_tables()
     elif context is not None and context < config.context:
         model.pos.weight = torch.nn.Parameter(model.pos.weight.detach()[:context].clone())
         model.pos.num_embeddings = context

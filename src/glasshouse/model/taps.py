@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from types import TracebackType
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -13,9 +14,19 @@ from glasshouse.base.errors import UsageError, suggest
 Edit = Callable[[Tensor], Tensor]
 
 
-def tap(taps: Taps | None, layer: int, site: str, x: Tensor) -> Tensor:
-    """Show ``x`` to the taps; when nobody looks, no string is built and no call is made."""
-    return x if taps is None else taps(f"blocks.{layer}.{site}", x)
+@runtime_checkable
+class Layered(Protocol):
+    """A part of the model that knows which layer it is in."""
+
+    layer: int
+
+
+def tap(taps: Taps | None, part: Layered, site: str, x: Tensor) -> Tensor:
+    """Show ``x`` to the taps; when nobody looks, no string is built and no call is made.
+
+    The layer's number is read only then: a compiled block that had read it would fit one layer alone.
+    """
+    return x if taps is None else taps(f"blocks.{part.layer}.{site}", x)
 
 
 class Taps:
