@@ -38,11 +38,13 @@ def test_gradient_is_that_of_the_whole_cross_entropy() -> None:
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, expected, strict=True))
 
 
-def test_splitting_the_targets_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_z_loss_adds_the_mean_squared_log_normaliser_and_is_a_part() -> None:
     model, data = new_model(), tensors(batch())
-    whole = next_token(model, data).total
-    monkeypatch.setattr(objective, "TARGETS_AT_ONCE", 5)
-    assert torch.allclose(next_token(model, data).total, whole, atol=1e-6)
+    square = model(data.tokens).flatten(0, 1).logsumexp(-1).square().mean()
+    plain, loss = next_token(model, data), next_token(model, data, z_loss=0.01)
+    assert torch.allclose(loss.total, plain.total + 0.01 * square, atol=1e-5)
+    assert torch.allclose(sum(loss.parts.values()), loss.total, atol=1e-5)
+    assert torch.allclose(loss.parts["lm"], plain.total, atol=1e-6)
 
 
 def test_sft_learns_nothing_from_what_has_no_weight() -> None:

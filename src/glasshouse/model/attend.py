@@ -43,14 +43,14 @@ def causal_mask(T: int, S: int, device: torch.device, window: int | None = None)
 
 def attention_pattern(q: Tensor, k: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
     """Explicit softmax attention [B, H, T, S]: what fused kernels never form. ``mask``: True = attend."""
-    scores = ((q * rule.scale) @ k.transpose(-1, -2)).float()
+    scores = (q * rule.scale) @ k.transpose(-1, -2)
     if rule.softcap is not None:
-        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+        scores = rule.softcap * torch.tanh(scores.float() / rule.softcap)
     if mask is None and rule.causal:
         mask = causal_mask(q.shape[-2], k.shape[-2], q.device)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(dim=-1).to(q.dtype)
+    return scores.softmax(dim=-1).to(q.dtype)  # summed in fp32 inside, whatever the precision outside
 
 
 def pattern_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:

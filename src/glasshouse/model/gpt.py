@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from glasshouse.model.attend import Rule, attend, attention_pattern, causal_mask
 from glasshouse.model.config import GPTConfig, RopeScaling
+from glasshouse.model.norm import RMSNorm, make_norm
 from glasshouse.model.taps import Taps, tap
 
 if TYPE_CHECKING:
@@ -51,32 +52,6 @@ def activate(kind: str, x: Tensor) -> Tensor:
         case "relu2":
             return F.relu(x).square()  # So et al. 2021 (Primer)
     raise ValueError(f"unknown activation {kind!r}")
-
-
-class RMSNorm(nn.RMSNorm):
-    """RMSNorm (Zhang & Sennrich 2019) whose weight follows the input's precision, so that it stays fused.
-
-    With ``offset`` the gain is 1 + weight, and rounding waits until after it (Gemma).
-    """
-
-    def __init__(self, width: int, eps: float, offset: bool = False):
-        super().__init__(width, eps=eps)
-        self.offset = offset
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.offset:
-            return F.rms_norm(x.float(), self.normalized_shape, 1 + self.weight.float(), self.eps).to(x.dtype)
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
-def make_norm(config: GPTConfig, width: int) -> nn.Module:
-    """RMSNorm (Zhang & Sennrich 2019), LayerNorm (Ba et al. 2016) or nothing, over the last dimension."""
-    match config.norm:
-        case "rms":
-            return RMSNorm(width, config.norm_eps, config.norm_offset)
-        case "layer":
-            return nn.LayerNorm(width, eps=config.norm_eps)
-    return nn.Identity()
 
 
 def rotary_tables(config: GPTConfig, n: int, *, windowed: bool = False) -> tuple[Tensor, Tensor]:
@@ -342,9 +317,14 @@ class GPT(nn.Module):
         x = self.norm(x)
         return taps("final_norm", x) if taps is not None else x
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The unembedding [vocab, d_model]."""
+        return self.embed.weight if self.config.tied else self.head.weight
+
     def unembed(self, x: Tensor) -> Tensor:
         """Logits [..., vocab] of normed residuals [..., d_model]."""
-        logits = F.linear(x, self.embed.weight) if self.config.tied else self.head(x)
+        logits = F.linear(x, self.head_weight)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

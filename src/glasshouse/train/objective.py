@@ -11,15 +11,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from glasshouse.base.batch import Batch
 from glasshouse.base.errors import DataError
 from glasshouse.model import GPT
-
-# Logits of this many targets are formed at once, in fp32: 4096 x 32k words are half a gigabyte.
-TARGETS_AT_ONCE = 4096
+from glasshouse.train.crossentropy import linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -54,22 +51,25 @@ def tensors(batch: Batch) -> TensorBatch:
     return TensorBatch(tokens.long(), targets.long(), weight.float(), batch.n_bytes, batch.shards)
 
 
-def next_token(model: GPT, batch: TensorBatch) -> Loss:
-    """Mean cross-entropy in nats per weighted target; weight 0 masks padding."""
-    return _cross_entropy(model, batch, part="lm")
+def next_token(model: GPT, batch: TensorBatch, *, z_loss: float = 0.0) -> Loss:
+    """Mean cross-entropy in nats per weighted target; weight 0 masks padding.
+
+    ``z_loss`` times the mean of log(Z)^2 is added, and stands among the parts.
+    """
+    return _cross_entropy(model, batch, part="lm", z_loss=z_loss)
 
 
-def sft(model: GPT, batch: TensorBatch) -> Loss:
+def sft(model: GPT, batch: TensorBatch, *, z_loss: float = 0.0) -> Loss:
     """`next_token` where the weights select what the assistant wrote: the user's words are read, not
     learned.
     """
-    return _cross_entropy(model, batch, part="sft")
+    return _cross_entropy(model, batch, part="sft", z_loss=z_loss)
 
 
 OBJECTIVES: dict[str, Objective] = {"next_token": next_token, "sft": sft}
 
 
-def _cross_entropy(model: GPT, batch: TensorBatch, part: str) -> Loss:
+def _cross_entropy(model: GPT, batch: TensorBatch, part: str, z_loss: float) -> Loss:
     """Weighted mean over the M targets that count; only their logits are formed. Softmax in fp32.
 
     Raises DataError when no target has weight: a mean of nothing would be NaN, far from its cause.
@@ -85,13 +85,12 @@ def _cross_entropy(model: GPT, batch: TensorBatch, part: str) -> Loss:
     hidden_MD = model.hidden(batch.tokens).flatten(0, 1)
     if chosen_M.numel() < weight.numel():
         hidden_MD = hidden_MD.index_select(0, chosen_M)
-    nats = hidden_MD.new_zeros((), dtype=torch.float32)
-    pieces = (x.split(TARGETS_AT_ONCE) for x in (hidden_MD, targets_M, weight_M))
-    for hidden, target, w in zip(*pieces, strict=True):
-        logits_MV = model.unembed(hidden).float()
-        nats = nats + (F.cross_entropy(logits_MV, target, reduction="none") * w).sum()
-    mean = nats / weight_M.sum()
-    return Loss(total=mean, parts={part: mean}, metrics=_metrics(nats, weight_M, batch))
+    total, nats, square = linear_cross_entropy(
+        hidden_MD, model.head_weight, targets_M, weight_M, softcap=model.config.logit_softcap, z_loss=z_loss
+    )
+    count = weight_M.sum()
+    parts = {part: nats / count} | ({"z": z_loss * square / count} if z_loss else {})
+    return Loss(total=total / count, parts=parts, metrics=_metrics(nats, weight_M, batch))
 
 
 def _metrics(nats: Tensor, weight_M: Tensor, batch: TensorBatch) -> dict[str, float]:

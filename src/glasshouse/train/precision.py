@@ -20,8 +20,11 @@ import torch
 from glasshouse.base.batch import Batch
 from glasshouse.base.errors import UsageError
 from glasshouse.model import GPT
+from glasshouse.model.compiled import compile_blocks, cpp_compiler, is_compiled, plain_blocks
 from glasshouse.train.objective import Objective, autocast, next_token, tensors
 
+# Compiling takes half a minute the first time, and saves an eighth to a quarter of a step: shorter runs lose.
+COMPILE_PAYS_AFTER_S = 300.0
 # bf16 loses bits and a second thread takes a core from others: either has to be clearly faster.
 WORTHWHILE = 1.05
 
@@ -121,6 +124,62 @@ def choose_threads(
     ratio = took["1"] / took[str(available)]
     value = available if ratio >= WORTHWHILE else 1
     return Choice(value, f"{available} threads are {ratio:.2f} times as fast as one", took)
+
+
+def choose_compile(
+    setting: str,
+    model: GPT,
+    batch: Batch,
+    objective: Objective = next_token,
+    dtype: str = "fp32",
+    *,
+    steps: int,
+    repeats: int = 3,
+) -> Choice:
+    """Choose "on" or "off" for ``setting`` "auto", "on" or "off": are blocks compiled in training?
+
+    "auto" compiles only if ``steps`` steps like this one would take longer than compiling can cost, and keeps
+    it if the median compiled step is at least 5 % faster. Call it with the run's threads set. The model is
+    left with plain blocks. Raises UsageError for another setting, or "on" without a C++ compiler.
+    """
+    if setting == "off":
+        return Choice("off", "asked for")
+    if setting == "on":
+        compile_blocks(model)
+        plain_blocks(model)
+        return Choice("on", "asked for")
+    if setting != "auto":
+        raise UsageError(f"compile is {setting!r}: use 'auto', 'on' or 'off'")
+    plain = functools.partial(gradient, model, batch, objective, dtype)
+    took = interleaved({"off": plain}, repeats)
+    expected = took["off"] * steps
+    if expected < COMPILE_PAYS_AFTER_S:
+        return Choice(
+            "off",
+            f"about {expected:.0f} s of steps in this run: compiling would cost more than it saves",
+            took,
+        )
+    if model.embed.weight.device.type == "cpu" and cpp_compiler() is None:
+        return Choice("off", "there is no C++ compiler (g++ or clang++)", took)
+
+    def fast() -> None:
+        compile_blocks(model)
+        plain()
+
+    def slow() -> None:
+        plain_blocks(model)
+        plain()
+
+    try:
+        fast()
+        if not is_compiled(model):
+            return Choice("off", "compiling a block failed", took)
+        took = interleaved({"off": slow, "on": fast}, repeats)
+    finally:
+        plain_blocks(model)
+    ratio = took["off"] / took["on"]
+    value = "on" if ratio >= WORTHWHILE else "off"
+    return Choice(value, f"compiled blocks are {ratio:.2f} times as fast as plain ones", took)
 
 
 def gradient(model: GPT, batch: Batch, objective: Objective, dtype: str) -> None:
