@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from glasshouse.base.errors import UsageError
+from glasshouse.model.compiled import compile_blocks, is_compiled
 from glasshouse.train import precision
 from glasshouse.train.precision import (
     bf16_instructions,
+    choose_compile,
     choose_dtype,
     choose_threads,
     interleaved,
@@ -69,3 +74,49 @@ def test_the_first_round_is_not_measured_and_turns_are_taken() -> None:
 
 def test_the_instruction_set_is_one_we_know() -> None:
     assert bf16_instructions() in (None, "amx_bf16", "avx512_bf16", "bf16")
+
+
+def patched(monkeypatch: pytest.MonkeyPatch, off: float, on: float) -> None:
+    """Real blocks, compiled without a C++ compiler; the clock says what the test wants it to."""
+    monkeypatch.setattr(precision, "compile_blocks", functools.partial(compile_blocks, backend="aot_eager"))
+    monkeypatch.setattr(precision, "cpp_compiler", lambda: "g++")
+    seconds = {"off": off, "on": on}
+
+    def timed(candidates: dict[str, Callable[[], None]], _: int) -> dict[str, float]:
+        for run in candidates.values():
+            run()
+        return {name: seconds[name] for name in candidates}
+
+    monkeypatch.setattr(precision, "interleaved", timed)
+
+
+def test_a_short_run_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    patched(monkeypatch, off=0.1, on=0.01)
+    choice = choose_compile("auto", new_model(), BATCH, steps=100)
+    assert choice.value == "off" and "10 s" in choice.why and set(choice.seconds) == {"off"}
+
+
+@pytest.mark.parametrize(("on", "expected"), [(0.5, "on"), (0.99, "off"), (1.2, "off")])
+def test_a_long_run_is_compiled_if_that_is_faster(
+    on: float, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patched(monkeypatch, off=1.0, on=on)
+    model = new_model()
+    choice = choose_compile("auto", model, BATCH, steps=10_000)
+    assert choice.value == expected and set(choice.seconds) == {"off", "on"}
+    assert not is_compiled(model)
+
+
+def test_without_a_compiler_nothing_is_compiled_and_the_reason_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    patched(monkeypatch, off=1.0, on=0.5)
+    monkeypatch.setattr(precision, "cpp_compiler", lambda: None)
+    choice = choose_compile("auto", new_model(), BATCH, steps=10_000)
+    assert choice.value == "off" and "g++" in choice.why
+
+
+def test_compiling_is_asked_for_by_name() -> None:
+    assert choose_compile("off", new_model(), BATCH, steps=10).value == "off"
+    with pytest.raises(UsageError, match="'auto', 'on' or 'off'"):
+        choose_compile("yes", new_model(), BATCH, steps=10)
