@@ -26,8 +26,13 @@ from glasshouse.train.objective import autocast
 Step = Callable[[], Any]
 
 
-def nanogpt(source: Path, shape: dict[str, int], tokens: Tensor, dtype: str) -> Step:
-    """nanoGPT's model and its own optimiser configuration; "fp32" is what it does on a CPU as shipped."""
+def nanogpt(
+    source: Path, shape: dict[str, int], tokens: Tensor, dtype: str, *, compiled: bool = False
+) -> Step:
+    """nanoGPT's model and its own optimiser configuration, on the device of ``tokens`` [rows, pos + 1].
+
+    As shipped it trains in fp32 without compiling on a CPU, and compiled in bf16 on a GPU.
+    """
     module = _import(source / "model.py", "nanogpt_model")
     config = module.GPTConfig(
         block_size=tokens.shape[1] - 1,
@@ -38,12 +43,14 @@ def nanogpt(source: Path, shape: dict[str, int], tokens: Tensor, dtype: str) -> 
         dropout=0.0,
         bias=False,
     )
-    model = module.GPT(config)
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    model = module.GPT(config).to(tokens.device)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), tokens.device.type)
+    if compiled:
+        model = torch.compile(model)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def step() -> None:
-        with autocast(dtype):
+        with autocast(dtype, tokens.device):
             _, loss = model(x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
