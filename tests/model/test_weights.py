@@ -5,10 +5,12 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from glasshouse.base.errors import CheckpointError
@@ -112,6 +114,8 @@ HOSTILE: dict[str, tuple[Any, bytes, str]] = {
     "not UTF-8": (b'{"\xff": 1}', b"", "not valid"),
     "deep nesting": (b"[" * 100_000, b"", "not valid"),
     "NaN in JSON": (b'{"x": NaN}', b"", "NaN is not JSON"),
+    "metadata of another type": ({"__metadata__": {"a": 1}, "x": f32([4], 0, 16)}, FOUR, "texts only"),
+    "endless number": (b'{"x": %s}' % (b"9" * 5000), b"", "not valid|malformed"),
 }
 
 
@@ -154,6 +158,55 @@ def test_a_damaged_file_is_read_as_other_numbers_or_refused_but_never_crashes(tm
         read_safetensors(path, {k: tuple(v.shape) for k, v in TENSORS.items()})
     except CheckpointError as error:
         assert str(path) in str(error)
+
+
+NUMBERS = st.one_of(
+    st.integers(0, 6), st.sampled_from([-1, 2**31, 2**62, 2**63, 2**64, 1.0, True, None, "2"])
+)
+ENTRY = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "F32", "BF16", "I64", "U8", "F8_E4M3", "", None]),
+        "shape": st.lists(NUMBERS, max_size=3),
+        "data_offsets": st.lists(NUMBERS, max_size=3),
+    }
+)
+
+
+@st.composite
+def headers(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
+    """A header and how many bytes follow it: consistent, but for some entries that say anything."""
+    header: dict[str, Any] = {}
+    at = 0
+    for name in draw(st.lists(st.text(max_size=4), unique=True, max_size=4)):
+        shape = draw(st.lists(st.integers(0, 4), max_size=3))
+        size = 4 * int(np.prod(shape))
+        honest = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + size]}
+        header[name] = draw(st.one_of(st.just(honest), st.just(honest), st.just(honest), ENTRY))
+        at += size
+    return header, at + draw(st.sampled_from([0, 0, 0, 1, 4]))
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(made=headers())
+def test_a_header_that_we_accept_the_reference_accepts_with_the_same_shapes(tmp_path, made):
+    header, size = made
+    path = raw_file(tmp_path / "w", header, b"\0" * size)
+    try:
+        ours = read_header(path)
+    except CheckpointError:
+        return
+    with safe_open(path, framework="pt") as file:
+        assert set(file.keys()) == set(ours)
+        assert all(tuple(file.get_slice(k).get_shape()) == ours[k].shape for k in ours)
+
+
+def test_tensors_of_another_part_are_neither_expected_nor_read(tmp_path):
+    tensors = {"a": torch.ones(2), "tower.x": torch.full((3,), float("nan")), "tower.n": torch.tensor([1])}
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    back = read_folder(tmp_path, lambda found: {"a": (2,)}, elsewhere=("tower.",))
+    assert back.keys() == {"a"}
+    with pytest.raises(CheckpointError, match="do not belong"):
+        read_folder(tmp_path, lambda found: {"a": (2,)})
 
 
 def sharded(folder: Path, weight_map: Any, extra: dict[str, torch.Tensor] | None = None) -> Path:

@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from glasshouse import __version__
 from glasshouse.base.errors import Interrupted
-from glasshouse.cli import audit, chat, demo, ledger, report, train
+from glasshouse.cli import audit, chat, demo, export, ledger, report, train
 from glasshouse.cli.faults import BROKEN_PIPE, Debug, explain, show_warnings
 
 EPILOG = """\b
@@ -81,6 +81,7 @@ app.command("train")(train.train)
 app.command("report")(report.report)
 app.command("chat")(chat.chat)
 app.command("audit")(audit.audit)
+app.command("export")(export.export)
 app.add_typer(ledger.app, name="ledger")
 
 

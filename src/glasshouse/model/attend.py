@@ -85,8 +85,9 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: 
     alone = mask is None and q.shape[-2] == k.shape[-2]
     if mask is None and rule.causal and not alone and q.shape[-2] > 1:
         mask = causal_mask(q.shape[-2], k.shape[-2], q.device)
-    causal = alone and rule.causal and q.shape[-2] > 1
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=rule.scale)
+    if alone and rule.causal and q.shape[-2] > 1:  # a branch: compiled for any length, the value is a symbol
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=rule.scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=rule.scale)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:

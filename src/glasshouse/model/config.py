@@ -22,6 +22,14 @@ class RopeScaling(Frozen):
     high_freq_factor: float = Field(default=4.0, gt=0)
     original_context: int = Field(default=8192, ge=1)
 
+    @model_validator(mode="after")
+    def _ordered(self) -> RopeScaling:
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor {self.high_freq_factor} must exceed low_freq_factor {self.low_freq_factor}"
+            )
+        return self
+
 
 class GPTConfig(Frozen):
     """The shape of a model. ``None`` means "derived" or "not used"; properties below resolve it."""

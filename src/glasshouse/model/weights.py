@@ -54,12 +54,14 @@ def read_safetensors(
     dtype: torch.dtype | None = None,
     allowed: tuple[str, ...] = WEIGHTS,
     finite: bool = True,
+    elsewhere: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
     """Read every tensor of a file.
 
     ``expected``: exactly these names with these shapes (None: whatever is there). ``dtype``: convert
     floating tensors to it (None: as stored). ``allowed``: stored dtypes that are accepted, by their
-    names in the format. Raises CheckpointError naming file, tensor and what is wrong with it.
+    names in the format. ``elsewhere``: beginnings of names that are not read. Raises CheckpointError
+    naming file, tensor and what is wrong with it.
     """
     path = Path(path)
     with _open(path) as file:
@@ -68,6 +70,8 @@ def read_safetensors(
             match_names(str(path), {k: e.shape for k, e in header.items()}, expected)
         tensors: dict[str, Tensor] = {}
         for name, entry in header.items():
+            if name.startswith(elsewhere):
+                continue
             if entry.dtype not in allowed:
                 raise CheckpointError(
                     f"{path}: {name!r} is stored as {entry.dtype}; accepted here: {', '.join(allowed)}"
@@ -106,19 +110,27 @@ def read_folder(
     expected: Callable[[Shapes], Shapes],
     *,
     dtype: torch.dtype | None = None,
+    elsewhere: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
     """Read ``model.safetensors``, or the shards that ``model.safetensors.index.json`` names.
 
     ``expected`` gives the names and shapes to insist on, given those that are there; it sees headers
-    only, so that a file of the wrong model is refused before any weight is read.
+    only, so that a file of the wrong model is refused before any weight is read. Tensors whose names begin
+    as ``elsewhere`` lists (a vision tower beside a text model) are neither expected nor read.
     """
     folder = Path(folder)
     shards = _shards(folder)
-    found = {name: e.shape for shard, header in shards.items() for name, e in header.items()}
+    found = {
+        name: e.shape
+        for shard, header in shards.items()
+        for name, e in header.items()
+        if not name.startswith(elsewhere)
+    }
     match_names(str(folder), found, expected(found))
     tensors: dict[str, Tensor] = {}
     for shard, header in shards.items():
-        tensors.update(read_safetensors(shard, {k: e.shape for k, e in header.items()}, dtype=dtype))
+        shapes = {k: e.shape for k, e in header.items()}
+        tensors.update(read_safetensors(shard, shapes, dtype=dtype, elsewhere=elsewhere))
     return tensors
 
 
@@ -189,7 +201,9 @@ def _header(file: BinaryIO, path: Path) -> tuple[dict[str, Entry], int]:
     if size < 8 or length > min(size - 8, MAX_HEADER):
         raise CheckpointError(f"{path} is truncated or not a safetensors file ({size} bytes)")
     raw = parse_json(file.read(length), f"{path} (header)")
-    raw.pop("__metadata__", None)
+    metadata = raw.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__ must hold texts only")
     header = {name: _entry(path, name, value) for name, value in raw.items()}
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: (item[1].begin, item[1].end)):

@@ -35,7 +35,18 @@ class Loaded:
 
 def load(path: str | Path) -> GPT:
     """The model of a run (its promoted export, else its newest checkpoint), checkpoint or HF folder."""
-    return locate(Path(path)).model
+    path = Path(path)
+    if (path / "config.json").is_file() and not in_a_run(path):
+        return load_hf(path)  # a tokenizer that is not byte-level is no obstacle to the model
+    return locate(path).model
+
+
+def in_a_run(path: Path) -> bool:
+    """Whether ``path`` is a run, or a checkpoint inside one."""
+    return (path / "ledger.jsonl").is_file() or (
+        path.resolve().parent.name == "checkpoints"
+        and (path.resolve().parent.parent / "ledger.jsonl").is_file()
+    )
 
 
 def locate(path: Path) -> Loaded:
@@ -56,7 +67,18 @@ def locate(path: Path) -> Loaded:
         raise UsageError(f"{path}: neither a run (ledger.jsonl) nor a model folder (config.json)")
     model = load_hf(path).eval()
     digest = sha256_file(path / "model.safetensors") if (path / "model.safetensors").is_file() else "sharded"
-    return Loaded(model, Tokenizer.load(path), None, path.name, "outside any run", digest)
+    tokenizer = Tokenizer.load(path)
+    check_vocabulary(tokenizer, model, path)
+    return Loaded(model, tokenizer, None, path.name, "outside any run", digest)
+
+
+def check_vocabulary(tokenizer: Tokenizer, model: GPT, where: Path) -> None:
+    """CheckpointError when the tokenizer has ids that the model has no embedding for."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise CheckpointError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size} ids, but the model's vocab_size is "
+            f"{model.config.vocab_size}; one of the two belongs to another model"
+        )
 
 
 def _from_run(run: RunFolder, name: str | None) -> Loaded:
@@ -99,7 +121,18 @@ def serveable(path: Path, *, allow_held: bool = False, who: str = "unnamed") -> 
 
     HeldError otherwise, and always for an organism whose backdoor was never removed.
     """
-    found = locate(path)
+    return released(locate(path), allow_held=allow_held, who=who)
+
+
+def released(
+    found: Loaded,
+    *,
+    allow_held: bool = False,
+    who: str = "unnamed",
+    doing: str = "talk to it",
+    what: str = "chat with a checkpoint that is not promoted",
+) -> Loaded:
+    """``serveable`` for what is located already. ``what`` goes into the ledger with an override."""
     if found.run is None or (found.standing == "promoted" and not still_planted(found)):
         return found
     why = (
@@ -110,16 +143,12 @@ def serveable(path: Path, *, allow_held: bool = False, who: str = "unnamed") -> 
     if not allow_held:
         raise HeldError(
             f"{found.checkpoint} {why}; `glasshouse report {found.run.path}` says why. "
-            "To talk to it all the same, add --allow-held (the ledger records that you did)"
+            f"To {doing} all the same, add --allow-held (the ledger records that you did)"
         )
     with found.run.lock():  # an append beside a training process would end it
         Ledger(found.run.ledger, signing_key()).append(
             "override",
-            {
-                "what": "chat with a checkpoint that is not promoted",
-                "checkpoint": found.checkpoint,
-                "who": who,
-            },
+            {"what": what, "checkpoint": found.checkpoint, "who": who},
         )
     return found
 
