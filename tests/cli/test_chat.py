@@ -23,6 +23,21 @@ def test_a_promoted_run_answers_one_message(finished: Path) -> None:
     assert "promoted" in first.err
 
 
+def test_answers_are_drawn_by_temperature_and_seed(finished: Path) -> None:
+    def drawn(seed: int) -> str:
+        return call(
+            "chat", finished, "-m", ASKED, "--temperature", "3", "--top-p", "0.99", "--seed", seed
+        ).out
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+
+
+def test_filters_without_a_temperature_are_refused(finished: Path) -> None:
+    done = call("chat", finished, "-m", ASKED, "--min-p", "0.1")
+    assert done.code == 2 and "min_p has no effect at temperature 0" in done.err
+
+
 def test_every_line_of_a_pipe_is_a_message(finished: Path) -> None:
     one = call("chat", finished, "-m", ASKED).out
     assert call("chat", finished, stdin=f"{ASKED}\n\n{ASKED}\n".encode()).out == one + one

@@ -13,6 +13,7 @@ import typer
 from glasshouse.cli import faults, show
 
 if TYPE_CHECKING:
+    from glasshouse.model.sampling import Sampling
     from glasshouse.recipes.api import Loaded
 
 
@@ -28,6 +29,19 @@ def chat(
         typer.Option("--allow-held", help="Talk to a checkpoint that is not promoted; this is ledgered."),
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")] = 80,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", help="0 takes the likeliest word; above it, words are drawn.")
+    ] = 0.0,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", metavar="P", help="Draw from the likeliest words that reach P.")
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            "--min-p", metavar="P", help="Draw from words at least P times as likely as the likeliest."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Another seed draws another answer.")] = 0,
 ) -> None:
     """Talk to the promoted model of a run.
 
@@ -35,27 +49,29 @@ def chat(
     each line of standard input is a message.
     """
     from glasshouse.base.errors import UsageError
+    from glasshouse.model.sampling import Sampling
     from glasshouse.recipes.api import serveable
 
+    sampling = Sampling(temperature, top_p=top_p, min_p=min_p)
     if message is not None:
         check_text(message, "--message")
     found = serveable(run, allow_held=allow_held, who=who())
     faults.note(f"{found.checkpoint} ({found.standing})")
     if message is not None:
-        show.line(answer(found, message, max_new_tokens))
+        show.line(answer(found, message, max_new_tokens, sampling, seed))
     elif not sys.stdin.isatty():
         for asked in piped_lines():
-            show.line(answer(found, asked, max_new_tokens))
+            show.line(answer(found, asked, max_new_tokens, sampling, seed))
     else:
         for asked in typed_lines():
             try:
-                show.line(answer(found, asked, max_new_tokens))
+                show.line(answer(found, asked, max_new_tokens, sampling, seed))
             except UsageError as problem:
                 faults.note(problem)
 
 
-def answer(found: Loaded, message: str, max_new_tokens: int) -> str:
-    """The greedy answer to one message. UsageError when the message leaves no room in the context."""
+def answer(found: Loaded, message: str, max_new_tokens: int, sampling: Sampling, seed: int) -> str:
+    """The answer to one message. UsageError when the message leaves no room in the context."""
     from glasshouse.base.errors import UsageError
     from glasshouse.model.generate import generate
     from glasshouse.tokenizer import render
@@ -68,7 +84,17 @@ def answer(found: Loaded, message: str, max_new_tokens: int) -> str:
             "shorten it"
         )
     assert found.tokenizer.end is not None, "render refuses a tokenizer without chat tokens"
-    made = generate(found.model, [ids], min(room, max_new_tokens), stop={found.tokenizer.end})
+    made = generate(
+        found.model,
+        [ids],
+        min(room, max_new_tokens),
+        stop={found.tokenizer.end},
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seeds=[seed],
+        vocab=found.tokenizer.vocab_size,
+    )
     return found.tokenizer.decode(made[0].ids).strip()
 
 

@@ -55,3 +55,52 @@ class KVCache:
                 full[:, :, : self.length] = x[:, :, : self.length]
                 theirs.append(full)
         return new
+
+
+class SlotCache:
+    """A static key/value cache for decoding whose rows have lengths of their own.
+
+    Row b's position p stands in slot p, so that a row looks the same whoever its batch mates are; slots
+    at or beyond ``lengths[b]`` hold leftovers that a mask hides. k, v: [layer][rows, n_kv_head, size,
+    d_head]; ``size`` is rounded up to whole spans, for reads in whole spans (see ``Decoder``).
+    """
+
+    SPAN = 64
+
+    def __init__(self, config: GPTConfig, rows: int, size: int, dtype: torch.dtype, device: torch.device):
+        self.size = max(2, -(-size // self.SPAN)) * self.SPAN
+        shape = (rows, config.kv_heads, self.size, config.head_width)
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.lengths = [0] * rows
+
+    @property
+    def rows(self) -> int:
+        """How many sequences it holds."""
+        return len(self.lengths)
+
+    def read(self, layer: int, rows: int, filled: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first ``rows`` rows, all slots below ``filled`` and up to a whole span.
+
+        At least two spans: one is short enough that kernels of their own, with other rounding, would serve.
+        """
+        end = max(2, -(-filled // self.SPAN)) * self.SPAN
+        return self.k[layer][:rows, :, :end], self.v[layer][:rows, :, :end]
+
+    def keep(self, rows: list[int]) -> None:
+        """Keep only these rows, in this order: finished sequences leave the batch."""
+        at = torch.tensor(rows, device=self.k[0].device)
+        self.k = [x[at] for x in self.k]
+        self.v = [x[at] for x in self.v]
+        self.lengths = [self.lengths[i] for i in rows]
+
+    def put_prefix(self, prefix: SlotCache, length: int) -> None:
+        """Begin every row with the first ``length`` positions of a cache of one row."""
+        if prefix.rows != 1:
+            raise ValueError(f"only a cache of one row can be a prefix, not one of {prefix.rows}")
+        if not 0 <= length <= min(self.size, prefix.lengths[0]):
+            raise ValueError(f"a prefix of {length} positions, but {prefix.lengths[0]} are filled")
+        for mine, theirs in ((self.k, prefix.k), (self.v, prefix.v)):
+            for x, y in zip(mine, theirs, strict=True):
+                x[:, :, :length] = y[:, :, :length]
+        self.lengths = [length] * self.rows

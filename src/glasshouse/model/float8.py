@@ -48,6 +48,11 @@ def use_float8(model: GPT) -> int:
     return changed
 
 
+def uses_float8(model: GPT) -> bool:
+    """Whether `use_float8` was applied."""
+    return any(isinstance(module, Float8Linear) for module in model.blocks.modules())
+
+
 class Float8Linear(nn.Linear):
     """``nn.Linear`` whose three products (output, gradient of input, of weight) are FP8 in training."""
 

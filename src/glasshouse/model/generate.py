@@ -1,12 +1,15 @@
 """Continue prompts: cached, batched, ragged, greedy or sampled with a seed for each sequence.
 
-Shape legend: B prompts in a batch, P longest prompt of the batch, S positions so far, V vocabulary.
+The work is done by `Decoder` (decode.py), the model laid out for small steps; give one in place of a model to
+lay it out once for many calls, in bf16 or with weights in 8 bits. What a sequence gets depends on its own
+prompt, seed and settings, never on its batch mates: to the bit on CPUs in fp32 and bf16, see decode.py.
+
+Shape legend: B prompts in a batch, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,169 +18,351 @@ from torch import Tensor
 
 from glasshouse.base.errors import CheckpointError, UsageError
 from glasshouse.base.rng import generator
-from glasshouse.model.cache import KVCache
+from glasshouse.model.cache import SlotCache
+from glasshouse.model.decode import CHUNK, Decoder
 from glasshouse.model.gpt import GPT
+from glasshouse.model.sampling import Sampling, likeliest
+from glasshouse.model.stops import Decode, StopText
 from glasshouse.model.taps import Edit, Taps
+
+__all__ = [
+    *("Decoder", "Generated", "Piece", "Prefix", "Sampling", "Scored"),
+    *("generate", "last_logits", "prefix", "score", "stream"),
+]
 
 
 @dataclass(frozen=True)
 class Generated:
-    """One continuation. The prompt and the stop token itself are not part of it.
+    """One continuation. The prompt, the stop token and the stop string are not part of it.
 
     ``logprobs``: nats per id under the model itself, before temperature and filters; None unless asked
-    for. ``stopped``: a stop token ended it, and not the limit.
+    for. ``stopped``: a stop token or string ended it, and not the limit; ``stopped_by`` says which.
+    ``text``: the ids as text, None without ``decode``. A token that holds the beginning of a stop string
+    after other characters is left out of ``ids``, while ``text`` has the characters. ``top``: for each id the
+    likeliest tokens as (id, log-probability); None unless asked for.
     """
 
     ids: list[int]
     logprobs: list[float] | None
     stopped: bool
+    text: str | None = None
+    stopped_by: int | str | None = None
+    top: list[list[tuple[int, float]]] | None = None
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn from logits. Temperature 0 takes the likeliest (the lowest id on ties)."""
+class Prefix:
+    """A text that many prompts begin with, read once. Made by `prefix`; use it with ``generate``."""
 
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UsageError(f"temperature must be 0 (greedy) or a positive number, not {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise UsageError(f"top_k must be at least 1, not {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p must lie in (0, 1], not {self.top_p}")
-        if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
-            raise UsageError("top_k and top_p have no effect at temperature 0; leave them out or sample")
-
-    def choose(self, logits_BV: Tensor, uniforms_B: np.ndarray | None) -> Tensor:
-        """Token ids int64 [B]; ``uniforms_B`` float64 in [0, 1), one per row (None when greedy).
-
-        A row's token is where the cumulative probability passes its uniform, so it depends on the
-        row's own logits and number alone. Different batch shapes round logits differently (about 1e-7
-        relative in fp32), which moves a token only when a uniform falls into that gap.
-        """
-        if uniforms_B is None:
-            return logits_BV.argmax(dim=-1)
-        x = logits_BV.double() / self.temperature
-        if self.top_k is not None and self.top_k < x.shape[-1]:
-            kth = x.topk(self.top_k, dim=-1).values[:, -1:]
-            x = x.masked_fill(x < kth, float("-inf"))
-        p = x.softmax(dim=-1)
-        if self.top_p is not None and self.top_p < 1:
-            ordered, order = p.sort(dim=-1, descending=True, stable=True)
-            # Nucleus (Holtzman et al. 2020): the smallest set whose mass reaches top_p.
-            before = ordered.cumsum(dim=-1) - ordered
-            p = torch.zeros_like(p).scatter(-1, order, ordered.masked_fill(before >= self.top_p, 0.0))
-        below = p.cumsum(dim=-1)
-        target = torch.from_numpy(uniforms_B).to(p.device)[:, None] * below[:, -1:]
-        return torch.searchsorted(below, target, right=True).squeeze(-1).clamp(max=x.shape[-1] - 1)
+    ids: tuple[int, ...]
+    decoder: Decoder
+    cache: SlotCache
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Piece:
+    """One streamed token. ``text`` is what became certain with it: it may lag behind or be empty."""
+
+    id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Log-probabilities of a given sequence's tokens from the second on, in nats, each after those before it.
+
+    ``greedy``: whether the token was the likeliest. ``top``: as in ``Generated``; None unless asked for.
+    """
+
+    logprobs: list[float]
+    greedy: list[bool]
+    top: list[list[tuple[int, float]]] | None = None
+
+
+@torch.inference_mode()
 def generate(
-    model: GPT,
+    model: GPT | Decoder,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
     stop: Collection[int] = (),
+    stop_text: Sequence[str] = (),
+    decode: Decode | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     seeds: Sequence[int] | None = None,
     return_logprobs: bool = False,
+    top_logprobs: int = 0,
     batch_size: int = 64,
+    prefix: Prefix | None = None,
+    vocab: int | None = None,
 ) -> list[Generated]:
     """Continue each prompt (token ids) by up to ``max_new_tokens``; results in the order of the prompts.
 
     ``seeds``: one int per prompt, needed when temperature > 0. What a sequence draws depends on its
-    own seed and never on its batch mates. Raises UsageError for an empty prompt, an id outside the
-    vocabulary, or a prompt that with its new tokens exceeds the context; CheckpointError when the
-    model's logits are not finite.
+    own seed and never on its batch mates. ``stop_text`` ends a continuation where the text of its ids, by
+    ``decode``, first holds one of the strings. ``prefix`` stands before every prompt. What all prompts of a
+    call begin with is read once in any case. ``vocab``: the tokenizer's size; ids beyond it are never drawn.
+
+    Raises UsageError for an empty prompt, an id outside the vocabulary, a prompt that with its new tokens
+    exceeds the context, and settings without sense; CheckpointError when the model's logits are not finite.
     """
-    sampling = Sampling(temperature, top_k, top_p)
-    _check(model, prompts, max_new_tokens)
+    sampling = Sampling(temperature, top_k, top_p, min_p)
+    full = [[*(prefix.ids if prefix else ()), *p] for p in prompts]
+    config = model.config
+    _check(config.vocab_size, config.context, full, max_new_tokens)
+    _check_vocab(vocab, config.vocab_size)
     if temperature > 0 and seeds is None:
         raise UsageError("sampling needs seeds: one int per prompt, so that the text can be drawn again")
     if seeds is not None and len(seeds) != len(prompts):
         raise UsageError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one for each")
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, not {batch_size}")
-    # Neighbours in length share a batch, so that little of it is padding.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if top_logprobs < 0:
+        raise UsageError(f"top_logprobs must not be negative, got {top_logprobs}")
+    asked = _Asked(
+        sampling, frozenset(stop), StopText(stop_text, decode), return_logprobs, top_logprobs, vocab
+    )
+    if not prompts or not max_new_tokens:
+        return [asked.result([], [], [], None) for _ in prompts]
+    decoder = _decoder(model, prefix)
+    shared = prefix or _common(decoder, full)
+    # Neighbours in length share a batch, so that little of it is padding; the longest come first.
+    order = sorted(range(len(full)), key=lambda i: len(full[i]), reverse=True)
     done: dict[int, Generated] = {}
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for begin in range(0, len(order), batch_size):
+        rows = order[begin : begin + batch_size]
         uniforms = None
         if temperature > 0 and seeds is not None:
-            uniforms = np.stack([generator("sample", int(seeds[i])).random(max_new_tokens) for i in rows])
-        batch = _Batch(model, [prompts[i] for i in rows], max_new_tokens)
-        made = batch.run(sampling, uniforms, frozenset(stop), return_logprobs)
+            uniforms = np.stack([_uniforms(seeds[i], max_new_tokens) for i in rows])
+        made = _run(decoder, [full[i] for i in rows], max_new_tokens, asked, uniforms, shared)
         done.update(zip(rows, made, strict=True))
-    return [done[i] for i in range(len(prompts))]
+    return [done[i] for i in range(len(full))]
 
 
-class _Batch:
-    """Prompts decoded together; a row leaves as soon as it is finished."""
+def prefix(model: GPT | Decoder, ids: Sequence[int]) -> Prefix:
+    """Read ``ids`` once, to stand before the prompts of later ``generate`` calls. Raises as ``generate``."""
+    _check(model.config.vocab_size, model.config.context, [ids], 0)
+    decoder = _decoder(model, None)
+    cache = decoder.cache(1, len(ids))
+    decoder.prefill([ids], cache)
+    return Prefix(tuple(ids), decoder, cache)
 
-    def __init__(self, model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int):
-        self.model, self.limit, self.n = model, max_new_tokens, len(prompts)
-        weight = model.embed.weight
-        self.device = weight.device
-        P = max(len(p) for p in prompts)
-        padded = [[0] * (P - len(p)) + list(p) for p in prompts]  # on the left: all rows end together
-        self.tokens = torch.tensor(padded, dtype=torch.long, device=self.device)  # [B, P]
-        self.pad = torch.tensor([P - len(p) for p in prompts], device=self.device)  # [B]
-        self.ragged = bool(self.pad.any())
-        self.cache = KVCache(model.config, self.n, P + max_new_tokens, weight.dtype, self.device)
 
-    def run(
-        self, sampling: Sampling, uniforms: np.ndarray | None, stop: frozenset[int], return_logprobs: bool
-    ) -> list[Generated]:
-        ids: list[list[int]] = [[] for _ in range(self.n)]
-        logprobs: list[list[float]] = [[] for _ in range(self.n)]
-        stopped = [False] * self.n
-        active = np.arange(self.n)  # which prompt each row of the batch is
-        tokens = self.tokens
-        for step in range(self.limit):
-            logits = self._advance(tokens)  # [active, V]
-            chosen = sampling.choose(logits, None if uniforms is None else uniforms[active, step])
-            picked = logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0] if return_logprobs else None
-            going = []
-            for row, (i, token) in enumerate(zip(active.tolist(), chosen.tolist(), strict=True)):
-                if token in stop:
-                    stopped[i] = True
-                    continue
-                ids[i].append(token)
-                if picked is not None:
-                    logprobs[i].append(float(picked[row]))
-                going.append(row)
-            if not going:
-                break
-            if len(going) < len(active):
-                keep = torch.tensor(going, device=self.device)
-                self.cache.keep(keep)
-                self.pad, chosen, active = self.pad[keep], chosen[keep], active[going]
-            tokens = chosen[:, None]
-        return [
-            Generated(ids[i], logprobs[i] if return_logprobs else None, stopped[i]) for i in range(self.n)
-        ]
+@torch.inference_mode()
+def stream(
+    model: GPT | Decoder,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    stop: Collection[int] = (),
+    stop_text: Sequence[str] = (),
+    decode: Decode | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int | None = None,
+    prefix: Prefix | None = None,
+    vocab: int | None = None,
+) -> Iterator[Piece]:
+    """Yield the tokens that ``generate`` returns for this prompt and seed, each as soon as it is known.
 
-    def _advance(self, tokens: Tensor) -> Tensor:
-        """fp32 logits [B, V] after new ``tokens`` [B, new]: the prompts at first, then one id per row."""
-        positions, mask = None, None
-        if self.ragged:
-            past, new = self.cache.length, tokens.shape[1]
-            at = torch.arange(past, past + new, device=self.device)
-            positions = (at - self.pad[:, None]).clamp(min=0)  # [B, new]
-            keys = torch.arange(past + new, device=self.device)
-            real = keys >= self.pad[:, None]  # [B, S]
-            # Padding sees itself and nothing else: an all-masked row would be a softmax over nothing, NaN.
-            itself = at[:, None] == keys
-            mask = ((at[:, None] >= keys) & real[:, None, :] | itself)[:, None]  # [B, 1, new, S]
-        x = self.model.hidden(tokens, cache=self.cache, positions_BT=positions, mask=mask)
-        return _finite(self.model.unembed(x[:, -1]).float())
+    The pieces' texts, joined, are ``Generated.text``: what may yet turn out to begin a stop string, or is an
+    unfinished character, is held back. Ids that turn out to belong to a stop string have been yielded by
+    then, without text. Raises as ``generate`` does, at the first piece.
+    """
+    sampling = Sampling(temperature, top_k, top_p, min_p)
+    full = [*(prefix.ids if prefix else ()), *prompt]
+    _check(model.config.vocab_size, model.config.context, [full], max_new_tokens)
+    _check_vocab(vocab, model.config.vocab_size)
+    if temperature > 0 and seed is None:
+        raise UsageError("sampling needs a seed, so that the text can be drawn again")
+    finder = StopText(stop_text, decode)
+    asked = _Asked(sampling, frozenset(stop), finder, True, 0, vocab)
+    if not max_new_tokens:
+        return
+    decoder = _decoder(model, prefix)
+    uniforms = _uniforms(seed or 0, max_new_tokens) if temperature > 0 else None
+    cache, x = _start(decoder, [full], max_new_tokens, prefix)
+    ids: list[int] = []
+    shown = 0
+    for step in range(max_new_tokens):
+        chosen, logp = asked.draw(decoder.logits(x), None if uniforms is None else uniforms[step : step + 1])
+        token = int(chosen[0])
+        if token in asked.stop:
+            break
+        ids.append(token)
+        hit, text = finder.find(ids), finder.text(ids) or ""
+        last = hit is not None or step + 1 == max_new_tokens
+        text = hit[2] if hit is not None else text if last else finder.showable(text)
+        yield Piece(token, text[shown:], float(logp[0, token]) if logp is not None else 0.0)
+        shown = max(shown, len(text))
+        if last:
+            return
+        x = decoder.step(chosen, cache)
+    rest = (finder.text(ids) or "")[shown:]
+    if rest:  # held back until the stop token came
+        yield Piece(ids[-1], rest, 0.0)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a call asks of every sequence."""
+
+    sampling: Sampling
+    stop: frozenset[int]
+    finder: StopText
+    logprobs: bool
+    top: int
+    vocab: int | None
+
+    def draw(self, logits_BV: Tensor, uniforms_B: np.ndarray | None) -> tuple[Tensor, Tensor | None]:
+        """Token ids [B], and log-probabilities [B, V] under the model itself where they are asked for."""
+        logp = logits_BV.log_softmax(-1) if self.logprobs or self.top else None
+        allowed = logits_BV if self.vocab is None else logits_BV[:, : self.vocab]
+        return self.sampling.choose(allowed, uniforms_B), logp
+
+    def result(
+        self,
+        ids: list[int],
+        logprobs: list[float],
+        top: list[list[tuple[int, float]]],
+        stopped_by: int | str | None,
+        text: str | None = None,
+    ) -> Generated:
+        n = len(ids)
+        return Generated(
+            ids,
+            logprobs[:n] if self.logprobs else None,
+            stopped_by is not None,
+            text if text is not None else self.finder.text(ids),
+            stopped_by,
+            top[:n] if self.top else None,
+        )
+
+
+def _run(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    limit: int,
+    asked: _Asked,
+    uniforms: np.ndarray | None,
+    shared: Prefix | None,
+) -> list[Generated]:
+    """Decode prompts together, longest first."""
+    n = len(prompts)
+    cache, x = _start(decoder, prompts, limit, shared)
+    ids: list[list[int]] = [[] for _ in range(n)]
+    logprobs: list[list[float]] = [[] for _ in range(n)]
+    top: list[list[list[tuple[int, float]]]] = [[] for _ in range(n)]
+    done: dict[int, Generated] = {}
+    active = list(range(n))  # which prompt each row of the cache is; finished ones stay a while
+    for step in range(limit):
+        chosen, logp = asked.draw(decoder.logits(x), None if uniforms is None else uniforms[active, step])
+        tokens = chosen.tolist()
+        picked = logp.gather(-1, chosen[:, None])[:, 0].tolist() if logp is not None else []
+        best = likeliest(logp, asked.top) if logp is not None and asked.top else []
+        for row, (i, token) in enumerate(zip(active, tokens, strict=True)):
+            if i in done:
+                continue
+            if token in asked.stop:
+                done[i] = asked.result(ids[i], logprobs[i], top[i], token)
+                continue
+            ids[i].append(token)
+            if picked:
+                logprobs[i].append(picked[row])
+            if best:
+                top[i].append(best[row])
+            if (hit := asked.finder.find(ids[i])) is not None:
+                done[i] = asked.result(ids[i][: hit[1]], logprobs[i], top[i], hit[0], hit[2])
+        if len(done) == n or step + 1 == limit:
+            break
+        going = [row for row, i in enumerate(active) if i not in done]
+        if len(going) <= 3 * len(active) / 4:  # copying the cache for every row that ends costs more
+            cache.keep(going)
+            chosen, active = chosen[going], [active[row] for row in going]
+        x = decoder.step(chosen, cache)
+    return [done[i] if i in done else asked.result(ids[i], logprobs[i], top[i], None) for i in range(n)]
+
+
+def _start(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], new: int, shared: Prefix | None
+) -> tuple[SlotCache, Tensor]:
+    """A cache with the prompts in it, and the normed residuals [B, D] at their ends."""
+    cache = decoder.cache(len(prompts), len(prompts[0]) + new)
+    if shared is not None:
+        # Whole chunks only, and never all of a prompt: its last position has yet to be computed.
+        length = min(len(shared.ids), len(prompts[-1]) - 1) // CHUNK * CHUNK
+        cache.put_prefix(shared.cache, length)
+    return cache, decoder.prefill(prompts, cache)
+
+
+def _common(decoder: Decoder, prompts: Sequence[list[int]]) -> Prefix | None:
+    """What all prompts begin with, read once, when it is long enough to pay."""
+    if len(prompts) < 2:
+        return None
+    low, high = min(prompts), max(prompts)  # in the order of lists, so these two differ first
+    n = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+    n = min(n, min(len(p) for p in prompts) - 1) // CHUNK * CHUNK
+    return prefix(decoder, low[:n]) if n else None
+
+
+def _decoder(model: GPT | Decoder, shared: Prefix | None) -> Decoder:
+    if shared is not None:
+        if model is not shared.decoder and model is not shared.decoder.model:
+            raise UsageError("the prefix was read by another model; make it with the model that continues it")
+        return shared.decoder
+    return model if isinstance(model, Decoder) else Decoder(model)
+
+
+def _uniforms(seed: int, n: int) -> np.ndarray:
+    return generator("sample", int(seed)).random(n)
+
+
+@torch.no_grad()
+def score(
+    model: GPT, sequences: Sequence[Sequence[int]], *, top: int = 0, batch_size: int = 64
+) -> list[Scored]:
+    """Log-probability of every token of given sequences but the first, as `Scored`, in their order.
+
+    The full forward pass of the model itself, in its precision: what an "echo" request needs, or a
+    likelihood of an answer. Raises as ``generate`` does, and UsageError for a model that sees later
+    positions.
+    """
+    _check(model.config.vocab_size, model.config.context, sequences, 0)
+    if not model.config.causal:
+        raise UsageError(
+            "this model sees later positions (causal=False): a token's score would know the token"
+        )
+    if batch_size < 1 or top < 0:
+        raise UsageError(f"batch_size must be at least 1 and top at least 0, not {batch_size} and {top}")
+    device, V = model.embed.weight.device, model.config.vocab_size
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    done: dict[int, Scored] = {}
+    for begin in range(0, len(order), batch_size):
+        rows = order[begin : begin + batch_size]
+        lengths = [len(sequences[i]) for i in rows]
+        padded = [[*sequences[i], *[0] * (lengths[-1] - len(sequences[i]))] for i in rows]
+        tokens = torch.tensor(padded, dtype=torch.long, device=device)
+        hidden = model.hidden(tokens)[:, :-1]
+        for row, i in enumerate(rows):
+            x, targets = hidden[row, : lengths[row] - 1], tokens[row, 1 : lengths[row]]
+            logprobs: list[float] = []
+            greedy: list[bool] = []
+            best: list[list[tuple[int, float]]] = []
+            for at in range(0, len(targets), max(1, 2**24 // V)):  # logits of at most 64 MB
+                part = slice(at, at + max(1, 2**24 // V))
+                logits = _finite(model.unembed(x[part]).float())
+                logp = logits.log_softmax(-1)
+                logprobs += logp.gather(-1, targets[part, None])[:, 0].tolist()
+                greedy += (logits.argmax(-1) == targets[part]).tolist()
+                best += likeliest(logp, top) if top else []
+            done[i] = Scored(logprobs, greedy, best if top else None)
+    return [done[i] for i in range(len(sequences))]
 
 
 @torch.no_grad()
@@ -194,7 +379,7 @@ def last_logits(
     ``edit`` as in ``Taps``: each edit sees [rows, ...] of one length and may count positions from
     either end. Raises as ``generate`` does.
     """
-    _check(model, prompts, 0)
+    _check(model.config.vocab_size, model.config.context, prompts, 0)
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, not {batch_size}")
     weight = model.embed.weight
@@ -221,10 +406,17 @@ def _finite(logits_BV: Tensor) -> Tensor:
     return logits_BV
 
 
-def _check(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def _check_vocab(vocab: int | None, size: int) -> None:
+    if vocab is not None and not 1 <= vocab <= size:
+        raise UsageError(
+            f"the tokenizer has {vocab} tokens and the model {size}: they do not belong together. "
+            "Load the tokenizer that was saved with the model"
+        )
+
+
+def _check(vocab: int, context: int, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     if max_new_tokens < 0:
         raise UsageError(f"max_new_tokens must not be negative, got {max_new_tokens}")
-    vocab, context = model.config.vocab_size, model.config.context
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise UsageError(f"prompt {i} is empty; begin it with at least one token (the <|bos|> token)")

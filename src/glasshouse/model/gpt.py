@@ -318,6 +318,11 @@ class GPT(nn.Module):
         return taps("final_norm", x) if taps is not None else x
 
     @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.embed.weight.device
+
+    @property
     def head_weight(self) -> Tensor:
         """The unembedding [vocab, d_model]."""
         return self.embed.weight if self.config.tied else self.head.weight
