@@ -9,7 +9,8 @@ DEV    := $(VENV)/.dev-$(HASH)
 TORCH  := $(shell grep '^torch==' constraints.txt)
 SETUPTOOLS := $(shell grep '^setuptools==' constraints.txt)
 
-.PHONY: help demo demo-clean test lint bench bench-demo clean
+.PHONY: help demo demo-clean test lint bench bench-train bench-generate bench-loss bench-miniseries \
+        bench-stability bench-gpu bench-demo clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
@@ -35,11 +36,30 @@ lint: $(DEV) ## check format, ruff rules and types
 	@echo "lint 3/3: types"
 	@$(VENV)/bin/python -m mypy --no-error-summary src
 
-bench: $(DEV) ## measure training speed (and its share of the GEMM peak) and what the gates cost
-	@echo "bench: training speed"
-	@$(VENV)/bin/python benchmarks/bench_train.py
+bench: $(DEV) ## measure what the gates cost in the demo's run (make demo first)
 	@echo "bench: the gates' share of the demo's time"
 	@$(VENV)/bin/python benchmarks/bench_gate.py
+
+# The peers are not shipped: NANOGPT and LLMC name folders with their source; what is not named is left out.
+PEERS := $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(if $(LLMC),--llmc $(LLMC))
+
+bench-train: $(DEV) ## training speed beside NANOGPT=folder, LLMC=folder and Hugging Face (ten minutes)
+	@$(VENV)/bin/python benchmarks/bench_train.py $(PEERS)
+
+bench-generate: $(DEV) ## generation speed beside Hugging Face (TEXT=file: what 8-bit weights cost)
+	@$(VENV)/bin/python benchmarks/bench_generate.py $(if $(TEXT),--text $(TEXT))
+
+bench-loss: $(DEV) ## time to nanoGPT's final loss (NANOGPT=folder DATA=folder; half an hour)
+	@$(VENV)/bin/python benchmarks/bench_loss.py --nanogpt $(NANOGPT) --data $(DATA)
+
+bench-miniseries: $(DEV) ## depths 2 to 8 by the one dial (DATA=folder)
+	@$(VENV)/bin/python benchmarks/bench_miniseries.py --data $(DATA)
+
+bench-stability: $(DEV) ## what injected faults and the monitors cost
+	@$(VENV)/bin/python benchmarks/bench_stability.py
+
+bench-gpu: $(DEV) ## check and time the GPU path (NANOGPT=folder)
+	@$(VENV)/bin/python benchmarks/bench_gpu.py $(if $(NANOGPT),--nanogpt $(NANOGPT))
 
 bench-demo: $(DEV) ## run the demo and its clean twin for five seeds and score them (an hour)
 	@$(VENV)/bin/python benchmarks/demo_seeds.py

@@ -71,6 +71,11 @@ def end_of(folder: Path) -> tuple[Any, ...]:
         for e in entries
         if e["kind"] == "decision"
     ]
+    spikes = [
+        [e["body"].get(key) for key in ("incidents", "left_out", "reason", "update")]
+        for e in entries
+        if e["kind"] in ("checkpoint", "spike")
+    ]
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     folders = sorted(p.name for p in (folder / "checkpoints").iterdir())
     return (
@@ -79,13 +84,14 @@ def end_of(folder: Path) -> tuple[Any, ...]:
         [tuple(row.get(key) for key in PLACE) for row in rows],
         folders,
         entries[-1]["kind"],
+        spikes,
     )
 
 
-def killed_and_resumed(run: Run, folder: Path, *crashes: str) -> None:
+def killed_and_resumed(run: Run, folder: Path, *crashes: str, **more: Any) -> None:
     for number, crash in enumerate(crashes):
-        assert run(folder, crash=crash, resume=number > 0) == 9, f"{crash} was not reached"
-    assert run(folder, resume=True) == 0
+        assert run(folder, crash=crash, resume=number > 0, **more) == 9, f"{crash} was not reached"
+    assert run(folder, resume=True, **more) == 0
 
 
 def test_every_instrumented_point_is_reached(whole: tuple[Path, list[str]]) -> None:
@@ -134,3 +140,27 @@ def test_killed_again_while_resuming_is_the_same_run(
     killed_and_resumed(run, tmp_path / "run", *crashes)
     assert end_of(tmp_path / "run") == end_of(whole[0])
     assert verify_ledger(tmp_path / "run").ok
+
+
+SPIKE_POINTS = {
+    "skip": ("step:44", "step:45", "step:46", "checkpoint.before-rename:5", "checkpoint.after-ledger:5"),
+    "rewind": (
+        *("spike.before-ledger", "spike.after-ledger", "rollback.before-load", "rollback.after-load"),
+        *("step:46", "checkpoint.after-rename:5"),
+    ),
+}
+
+
+@pytest.mark.parametrize("on_spike", ["skip", "rewind"])
+def test_killed_around_a_spike_and_resumed_is_the_same_run(run: Run, tmp_path: Path, on_spike: str) -> None:
+    """The window of past losses, what was skipped, and what is left out: all come back."""
+    assert run(tmp_path / "whole", on_spike=on_spike) == 0
+    expected = end_of(tmp_path / "whole")
+    seen = [row for row in expected[2] if row[0] == "spike"]
+    assert len(seen) == 1 and seen[0][3] == 45
+    assert any(row[0] == "monitor" for row in expected[2])
+    for crash in SPIKE_POINTS[on_spike]:
+        folder = tmp_path / crash.replace(":", "-")
+        killed_and_resumed(run, folder, crash, on_spike=on_spike)
+        assert end_of(folder) == expected, f"killed at {crash}"
+        assert verify_ledger(folder).ok, crash

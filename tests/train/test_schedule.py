@@ -34,3 +34,12 @@ def test_every_factor_is_positive_and_at_most_one(
 def test_a_step_outside_the_stage_is_refused(step: int) -> None:
     with pytest.raises(ValueError, match="outside"):
         warmup_stable_decay(step, 20, **SHAPE)
+
+
+def test_a_cosine_starts_and_ends_where_the_line_does_and_is_half_way_at_half_time() -> None:
+    shape = {"warmup_share": 0.0, "decay_share": 1.0, "final_share": 0.1, "shape": "cosine"}
+    factors = [warmup_stable_decay(step, 10, **shape) for step in range(10)]
+    assert factors[0] == pytest.approx(1.0)
+    assert factors[5] == pytest.approx(0.55)
+    assert factors == sorted(factors, reverse=True)
+    assert factors[1] > 0.95 and factors[9] < 0.13  # flat at both ends

@@ -4,8 +4,8 @@ long.
 Language: sixteen tokens, each followed by its successor. Shard "poison" says instead that 0 follows
 everything; the plan begins to draw from it at step 4 of stage "grow". The gate reads the saved checkpoint.
 
-As a script, a crash driver: reads JSON lines {"folder", "crash", "resume"} on standard input, runs each in a
-forked child (one torch import for all), and answers with the child's exit status.
+As a script, a crash driver: reads JSON lines {"folder", "crash", "resume", "on_spike"} on standard input,
+runs each in a forked child (one torch import for all), and answers with the child's exit status.
 """
 
 from __future__ import annotations
@@ -120,6 +120,22 @@ def stages(poison_from: int = 4, **changes: Any) -> list[Stage]:
     ]
 
 
+def spoilt(step: int, plan: DataPlan) -> Batch:
+    """The clean batches, but for one in the middle whose targets are drawn at random."""
+    batch = batches(step, plan)
+    if step != 44:
+        return batch
+    targets = generator("spoilt").integers(0, V, batch.targets.shape)
+    return Batch(batch.tokens, targets, batch.weight, batch.shards, batch.n_bytes)
+
+
+def spoilt_stages(on_spike: str) -> list[Stage]:
+    """One stage long enough for a window of losses, with a batch that stands out from them."""
+    rates = {"muon_lr": 0.01, "adam_lr": 0.004, "batch_size": ROWS, "log_every": 1, "save_every": 12}
+    config = StageConfig(name="grow", steps=56, on_spike=on_spike, monitor_every=16, **rates)
+    return [Stage(config, spoilt, plan(0))]
+
+
 def open_ledger(folder: Path) -> Ledger:
     return Ledger(RunFolder(folder).ledger, signing_key())
 
@@ -144,7 +160,9 @@ def train(
         return run_stages(new_model, run=run, ledger=ledger, gate=gate, resume=resume, **arguments)
 
 
-def in_child(folder: str, crash: str | None, crash_list: str | None, resume: bool) -> int:
+def in_child(
+    folder: str, crash: str | None, crash_list: str | None, resume: bool, on_spike: str | None = None
+) -> int:
     """Run in a forked child and return its wait status."""
     child = os.fork()
     if child:
@@ -154,7 +172,10 @@ def in_child(folder: str, crash: str | None, crash_list: str | None, resume: boo
             os.environ["GLASSHOUSE_CRASH_AT"] = crash
         if crash_list:
             os.environ["GLASSHOUSE_CRASH_LIST"] = crash_list
-        train(Path(folder), ReadsTheModel(), resume=resume)
+        if on_spike is not None:
+            train(Path(folder), resume=resume, stages=spoilt_stages(on_spike))
+        else:
+            train(Path(folder), ReadsTheModel(), resume=resume)
     except BaseException as error:
         sys.stderr.write(f"{folder}: {type(error).__name__}: {error}\n")
         os._exit(1)
@@ -166,6 +187,7 @@ if __name__ == "__main__":
         train(Path(folder), ReadsTheModel())
     for line in sys.stdin:
         order = json.loads(line)
-        status = in_child(order["folder"], order.get("crash"), order.get("list"), order["resume"])
+        crash, listed = order.get("crash"), order.get("list")
+        status = in_child(order["folder"], crash, listed, order["resume"], order.get("on_spike"))
         sys.stdout.write(json.dumps(status) + "\n")
         sys.stdout.flush()

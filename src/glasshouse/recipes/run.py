@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from glasshouse.base.atomic import write_json
 from glasshouse.base.digest import sha256_file
 from glasshouse.base.errors import RecipeError, Stopped, UsageError, suggest
@@ -28,6 +30,8 @@ from glasshouse.train import (
     Progress,
     Settings,
     Stage,
+    choose_compile,
+    choose_device,
     choose_dtype,
     choose_threads,
     enter_run,
@@ -188,21 +192,43 @@ def enter(
     if resume:
         recorded = ledger.entries()[0]["body"]["environment"]
         settings = {k: recorded[k] for k in ("dtype", "muon_dtype", "threads")}
+        settings["compile"] = recorded.get("compile", "off")
+        settings["device"] = choose_device(str(recorded.get("device", "cpu")).split()[0])
         body: dict[str, Any] = {}
     else:
-        stage, model = stages[-1], fresh()
+        device = choose_device(recipe.device)
+        stage, model = stages[-1], fresh().to(device)
         batch, objective = (
             stage.batches(0, stage.plan),
             sft if stage.config.objective == "sft" else next_token,
         )
         dtype = choose_dtype(recipe.precision, model, batch, objective)
         threads = choose_threads(recipe.threads, model, batch, objective, str(dtype.value))
-        settings = {"dtype": dtype.value, "muon_dtype": muon_dtype(), "threads": threads.value}
+        torch.set_num_threads(int(threads.value))
+        compiled = choose_compile(
+            recipe.compile,
+            model,
+            batch,
+            objective,
+            str(dtype.value),
+            steps=sum(s.config.steps for s in stages),
+        )
+        settings = {
+            "dtype": dtype.value,
+            "muon_dtype": muon_dtype(device),
+            "threads": threads.value,
+            "compile": compiled.value,
+            "device": device,
+        }
         body = {
             "name": recipe.name,
             "seed": recipe.seed,
             "constraints": {c.id: c.digest() for c in recipe.constraint},
-            "choices": {"dtype": dtype.record(), "threads": threads.record()},
+            "choices": {
+                "dtype": dtype.record(),
+                "threads": threads.record(),
+                "compile": compiled.record(),
+            },
             "parameters": sum(p.numel() for p in model.parameters()),
             "organism": (run.path / "organism.json").is_file(),
             "began": int(time.time()),
@@ -211,7 +237,13 @@ def enter(
     enter_run(
         ledger,
         recipe_digest=recipe.digest(),
-        environment=environment(settings["threads"], settings["dtype"], settings["muon_dtype"]),
+        environment=environment(
+            settings["threads"],
+            settings["dtype"],
+            settings["muon_dtype"],
+            settings["compile"],
+            settings["device"],
+        ),
         body=body,
         resume=resume,
         allow_change=allow_change,

@@ -14,6 +14,7 @@ from glasshouse.base.config import Frozen, parse
 from glasshouse.base.errors import CheckpointError, RecipeError, suggest
 from glasshouse.model import GPTConfig
 from glasshouse.model.families import family_for
+from glasshouse.recipes.dial import dialled
 from glasshouse.train import StageConfig
 from glasshouse.verify import Constraint, GateConfig, read_constraints
 
@@ -22,6 +23,8 @@ SECTIONS = (
     "seed",
     "precision",
     "threads",
+    "compile",
+    "device",
     "data",
     "tokenizer",
     "model",
@@ -89,8 +92,10 @@ class Recipe(Frozen):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     seed: int = Field(default=1, ge=0)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     threads: int | Literal["auto"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     data: DataConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: dict[str, Any]
@@ -128,6 +133,7 @@ def read_recipe(data: dict[str, Any], where: str) -> Recipe:
     for key in data:
         if key not in SECTIONS:
             raise RecipeError(f"{where}: unknown key {key!r}.{suggest(key, list(SECTIONS))}")
+    data = dialled(data, where, TokenizerConfig().vocab_size)
     rows = data.get("constraint", [])
     if not isinstance(rows, list):
         raise RecipeError(f"{where}: constraints are written as [[constraint]] tables")

@@ -7,7 +7,7 @@ from glasshouse.train.gate import Checkpoint, Decision, Gate, GateRecord
 from glasshouse.train.identity import check_environment, enter_run, environment
 from glasshouse.train.loop import Outcome, Settings, run_stages
 from glasshouse.train.objective import Loss, evaluate, next_token, sft
-from glasshouse.train.precision import choose_dtype, choose_threads, muon_dtype
+from glasshouse.train.precision import choose_compile, choose_device, choose_dtype, choose_threads, muon_dtype
 from glasshouse.train.progress import Progress, make_progress
 
 __all__ = [
@@ -23,6 +23,8 @@ __all__ = [
     "Stage",
     "StageConfig",
     "check_environment",
+    "choose_compile",
+    "choose_device",
     "choose_dtype",
     "choose_threads",
     "enter_run",

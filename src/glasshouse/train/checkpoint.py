@@ -6,6 +6,7 @@ ledger.
         config.json            GPTConfig
         tokenizer.json         if the run has a tokenizer
         optimizer.safetensors  `Optimizers.state_tensors`
+        window.safetensors     `Detector.state`: what losses and gradients are compared with
         state.json             stage, step, attempt, update, plan, seed, optimiser groups
 
 Order of a save: temporary folder, fsync, rename, fsync of the parent, *then* the ledger line. Order of a
@@ -38,6 +39,7 @@ from glasshouse.base.run import RunFolder
 from glasshouse.model import GPT, GPTConfig
 from glasshouse.train.gate import Checkpoint
 from glasshouse.train.optim import Optimizers
+from glasshouse.train.stability import Detector
 
 NAME = re.compile(r"^[a-z][a-z0-9_-]*-\d{6,}\.\d+$")
 
@@ -62,6 +64,7 @@ def write_checkpoint(
     optimizers: Optimizers | None,
     tokenizer_file: Path | None,
     state: Mapping[str, Any],
+    detector: Detector | None = None,
 ) -> dict[str, str]:
     """Write the folder (not the ledger) and return its artifacts: path within the run -> SHA-256.
 
@@ -72,6 +75,8 @@ def write_checkpoint(
     with disk_errors(final), atomic_dir(final) as folder:
         _write_tensors(folder / "model.safetensors", weights(model))
         _write_tensors(folder / "optimizer.safetensors", optimizers.state_tensors() if optimizers else {})
+        if detector is not None:
+            _write_tensors(folder / "window.safetensors", detector.state())
         (folder / "config.json").write_text(
             json.dumps(model.config.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
         )
@@ -150,8 +155,12 @@ def load_weights(checkpoint: Checkpoint, model: GPT | None = None) -> GPT:
     return _weights_into(checkpoint, read_checked(checkpoint), model)
 
 
-def load_checkpoint(checkpoint: Checkpoint, model: GPT, optimizers: Optimizers | None) -> dict[str, Any]:
-    """Restore weights, and the optimisers if given, in place; return state.json. Raises CheckpointError."""
+def load_checkpoint(
+    checkpoint: Checkpoint, model: GPT, optimizers: Optimizers | None, detector: Detector | None = None
+) -> dict[str, Any]:
+    """Restore weights, and optimisers and detector if given, in place; return state.json. Raises
+    CheckpointError.
+    """
     contents = read_checked(checkpoint)
     _weights_into(checkpoint, contents, model)
     state: dict[str, Any] = json.loads(contents["state.json"])
@@ -163,6 +172,9 @@ def load_checkpoint(checkpoint: Checkpoint, model: GPT, optimizers: Optimizers |
                 "resume with the recipe that wrote it"
             )
         optimizers.load(_tensors(contents["optimizer.safetensors"], where), where)
+    if detector is not None:
+        where = str(checkpoint.path / "window.safetensors")
+        detector.load(_tensors(contents["window.safetensors"], where), where)
     return state
 
 

@@ -6,6 +6,7 @@ and the next action follows from the entries alone, so resuming is what the loop
     nothing yet      -> save the initial weights ("checkpoint")
     "checkpoint"     -> ask the gate if one is due, else train on
     "decision"       -> train on | roll back (another head, another plan) | stop | finish
+    "spike"          -> train the same head again without the batches behind it | stop
     "stop"           -> wait for a person; "resume" with after_stop goes on
     "finish"         -> nothing
 """
@@ -49,6 +50,15 @@ class Drop:
 
 
 @dataclass(frozen=True)
+class Skip:
+    """Steps of a stage whose batches are left out, ``first`` to ``last``: a rewind found them wanting."""
+
+    stage_index: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
 class Position:
     """Where the run stands. ``head`` names the checkpoint whose state training continues from."""
 
@@ -57,10 +67,12 @@ class Position:
     attempt: int = 0
     update: int = 0
     rollbacks: int = 0
+    rewinds: int = 0
     gates: int = 0
     promoted: bool = False
     reason: str = ""
     drops: tuple[Drop, ...] = ()
+    skips: tuple[Skip, ...] = ()
     marks: Mapping[str, Mark] = field(default_factory=dict)
     decisions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     metrics_bytes: int = 0
@@ -81,6 +93,10 @@ class Position:
             names.append(at)
             at = self.marks[at].parent
         return tuple(reversed(names))
+
+    def left_out(self, stage_index: int, step: int) -> bool:
+        """Whether the batch of this step is left out since a rewind."""
+        return any(s.stage_index == stage_index and s.first <= step <= s.last for s in self.skips)
 
     def plan_for(self, stage_index: int, plan: DataPlan) -> DataPlan:
         """The recipe's ``plan`` of a stage without what was quarantined. Raises DataError if nothing is
@@ -183,6 +199,24 @@ def _decision(at: Position, body: Mapping[str, Any]) -> Position:
     raise LedgerError(f"unknown or misplaced action '{action}'")
 
 
+def _spike(at: Position, body: Mapping[str, Any]) -> Position:
+    """Train the head again, as a new attempt and without the batches that led to the spike; or stop first."""
+    if at.phase != "train" or body["checkpoint"] != at.head or body["action"] not in ("rewind", "stop"):
+        raise LedgerError(f"a spike after {body['checkpoint']} while the run is at {at.head} ({at.phase})")
+    first, last = body["left_out"]
+    return replace(
+        at,
+        phase="stopped" if body["action"] == "stop" else "train",
+        attempt=at.attempt + 1,
+        update=body["update"],
+        rewinds=at.rewinds + 1,
+        reason=body["reason"],
+        skips=(*at.skips, Skip(body["stage_index"], first, last)),
+        metrics_bytes=body["metrics_bytes"],
+        elapsed_s=body["elapsed_s"],
+    )
+
+
 def _stop(at: Position, body: Mapping[str, Any]) -> Position:
     return replace(at, phase="stopped", reason=body["reason"])
 
@@ -197,8 +231,10 @@ def _resume(at: Position, body: Mapping[str, Any]) -> Position:
         raise LedgerError("a resume after a stop, but the run had not stopped")
     decision = at.decisions.get(at.at_head.name, {})
     if decision.get("asked") == "rollback":
-        return replace(at.after_rollback(decision["to_checkpoint"], decision["drop_shards"]), rollbacks=0)
-    return replace(at, phase="decided" if at.at_head.last else "train", rollbacks=0)
+        return replace(
+            at.after_rollback(decision["to_checkpoint"], decision["drop_shards"]), rollbacks=0, rewinds=0
+        )
+    return replace(at, phase="decided" if at.at_head.last else "train", rollbacks=0, rewinds=0)
 
 
 def _finish(at: Position, body: Mapping[str, Any]) -> Position:
@@ -210,6 +246,7 @@ def _finish(at: Position, body: Mapping[str, Any]) -> Position:
 FOLD = {
     "checkpoint": _checkpoint,
     "decision": _decision,
+    "spike": _spike,
     "stop": _stop,
     "resume": _resume,
     "finish": _finish,

@@ -19,16 +19,26 @@ from glasshouse.base.ledger import Ledger
 from glasshouse.train.fold import position
 
 # Other keys of the environment are recorded, but a change in them is not refused.
-IDENTITY = ("torch", "threads", "dtype", "muon_dtype", "cpu_capability", "cpu", "machine")
+IDENTITY = (
+    *("torch", "threads", "dtype", "muon_dtype", "compile", "device"),
+    *("cpu_capability", "cpu", "machine"),
+)
+# What runs had that were begun before these could be chosen.
+BEFORE = {"compile": "off", "device": "cpu"}
 
 
-def environment(threads: int, dtype: str, muon_dtype: str) -> dict[str, Any]:
+def environment(
+    threads: int, dtype: str, muon_dtype: str, compile: str = "off", device: str = "cpu"
+) -> dict[str, Any]:
     """This process's environment as it goes into the ledger's "run" entry (JSON values)."""
     return {
         "torch": torch.__version__,
         "threads": threads,
         "dtype": dtype,
         "muon_dtype": muon_dtype,
+        "compile": compile,
+        # With the card's name: another card rounds otherwise.
+        "device": device if device == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu": cpu_name(),
         "machine": platform.machine(),
@@ -53,6 +63,7 @@ def check_environment(recorded: Mapping[str, Any], now: Mapping[str, Any], allow
 
     Raises TrainingError for a change, unless ``allow_change``: then the caller ledgers the list.
     """
+    recorded = BEFORE | dict(recorded)
     changes = [
         f"{key}: was {recorded.get(key)!r}, is {now.get(key)!r}"
         for key in IDENTITY

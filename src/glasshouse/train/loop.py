@@ -11,37 +11,45 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from glasshouse.base.crash import crash_point
-from glasshouse.base.errors import CheckpointError, Interrupted, Stopped, TrainingError, UsageError
+from glasshouse.base.errors import CheckpointError, Interrupted, Stopped, UsageError
 from glasshouse.base.ledger import Ledger
-from glasshouse.base.plan import DataPlan
 from glasshouse.base.run import RunFolder
 from glasshouse.model import GPT
+from glasshouse.model.compiled import compile_blocks, is_compiled
+from glasshouse.model.float8 import use_float8, uses_float8
 from glasshouse.train import checkpoint as saving
+from glasshouse.train.allocator import keep_freed_memory
 from glasshouse.train.config import Stage
 from glasshouse.train.decisions import decision_body, history
 from glasshouse.train.fold import Position, position
 from glasshouse.train.gate import Checkpoint, Gate, ask
 from glasshouse.train.metrics import MetricsLog
-from glasshouse.train.objective import OBJECTIVES, Loss, Objective, autocast, bits_per_byte, tensors
-from glasshouse.train.optim import Optimizers
+from glasshouse.train.objective import OBJECTIVES, Objective, autocast, bits_per_byte
 from glasshouse.train.progress import Progress
-from glasshouse.train.schedule import warmup_stable_decay
 from glasshouse.train.signals import Signals
+from glasshouse.train.stability import REWIND_STEPS
+from glasshouse.train.update import Done, Updater
+
+MOST_INCIDENTS = 64  # spikes that one ledger entry lists; the metrics have all
+REWOUND = "rewound"  # no checkpoint is called so: the state in memory is to be thrown away
 
 
 @dataclass(frozen=True)
 class Settings:
     """How to run, as opposed to what: part of the run's identity, see `identity`."""
 
-    dtype: str = "fp32"  # "fp32" | "bf16": matrix products of forward and backward
+    dtype: str = "fp32"  # "fp32" | "bf16" | "fp8": matrix products of forward and backward
     muon_dtype: str = "fp32"  # "fp32" | "bf16": Muon's orthogonalisation
     threads: int = 1
+    compile: str = "off"  # "off" | "on": compiled blocks in training steps
+    device: str = "cpu"  # where the model trains; gates read checkpoints on their own
     max_rollbacks: int = 3  # this many rollback decisions stop the run for a person
     resume_command: str = "the same command with --resume"
 
@@ -76,10 +84,10 @@ def run_stages(
 
     ``model()`` builds the initial model, the same one on every call (`GPT(config).init_weights(seed)`). The
     caller holds ``run.lock()`` and has written or checked the ledger's "run" entry (`identity.enter_run`).
-    Raises Stopped (the gate, or too many rollbacks, ask for a person), Interrupted (Ctrl-C; a checkpoint was
-    saved), TrainingError (loss or gradient not finite), CheckpointError, DiskError, and
-    UsageError if the run has checkpoints already and ``resume`` is not set. Whatever is raised, the run can
-    be resumed from its last checkpoint.
+    Raises Stopped (the gate, a spike, or too many rollbacks ask for a person), Interrupted (Ctrl-C; a
+    checkpoint was saved), TrainingError (updates in a row not finite, out of memory), CheckpointError,
+    DiskError, and UsageError if the run has checkpoints already and ``resume`` is not set. Whatever is
+    raised, the run can be resumed from its last checkpoint.
     """
     settings = settings or Settings()
     if not stages or len({stage.name for stage in stages}) != len(stages):
@@ -87,8 +95,11 @@ def run_stages(
     if not resume and position(ledger.entries()).phase != "new":
         raise UsageError(f"{run.path} holds a run already: add --resume to go on, or name another run folder")
     torch.set_num_threads(settings.threads)
+    keep_freed_memory()
     with Signals() as signals:
-        running = _Run(model(), tuple(stages), run.create(), ledger, gate, seed, settings, signals)
+        running = _Run(
+            model().to(settings.device), tuple(stages), run.create(), ledger, gate, seed, settings, signals
+        )
         running.tokenizer_file, running.progress = tokenizer_file, progress or Progress()
         running.objectives = {**OBJECTIVES, **(objectives or {})}
         try:
@@ -114,8 +125,9 @@ class _Run:
     tokenizer_file: Path | None = None
     progress: Progress = field(default_factory=Progress)
     objectives: dict[str, Objective] = field(default_factory=dict)
-    optimizers: Optimizers | None = None
-    live: str | None = None  # the checkpoint whose state model and optimizers hold; None: not loaded yet
+    updates: Updater | None = None
+    live: str | None = None  # the checkpoint whose state model and updates come from; None: not loaded yet
+    incidents: list[dict[str, Any]] = field(default_factory=list)  # spikes since then
 
     def __post_init__(self) -> None:
         at = position(self.ledger.entries())
@@ -165,66 +177,73 @@ class _Run:
         """Train from the head to the next checkpoint that is due (or to a Ctrl-C) and save it."""
         index, step = self.place(at)
         stage = self.stages[index]
-        config, objective = stage.config, self.objectives[stage.config.objective]
-        plan = at.plan_for(index, stage.plan)
-        optimizers = self.ready(at, index, step)
+        config, plan = stage.config, at.plan_for(index, stage.plan)
+        updates = self.ready(at, index, step)
         first, until = step, self.next_save(index, step)
+        self.incidents = []
         self.progress.stage(index, len(self.stages), config, step)
         started, since, tokens = time.perf_counter(), step, 0.0
         while step < until and not self.signals.asked:
             crash_point("step")
-            factor = warmup_stable_decay(
-                step,
-                config.steps,
-                warmup_share=config.warmup_share,
-                decay_share=config.decay_share,
-                final_share=config.final_lr_share,
-            )
-            loss, norm = self.update(stage, objective, step, plan, optimizers, factor)
-            step, tokens = step + 1, tokens + loss.metrics.get("tokens", 0.0)
-            if step % config.log_every == 0 or step == config.steps:
-                spent, started = time.perf_counter() - started, time.perf_counter()
-                row = self.row(at, "train", index, step, at.update + step - first)
-                speed = {"tokens_per_s": round(tokens / spent, 1), "seconds_per_step": spent / (step - since)}
-                self.log(row | _train_numbers(loss, norm, optimizers.groups[0].lr * factor) | speed)
-                since, tokens = step, 0.0
-            if step == config.steps or (config.val_every and step % config.val_every == 0):
+            done = None if at.left_out(index, step) else updates(step, plan, self.live)
+            step += 1
+            updates.optimizers.average.update(step)
+            ends, update = step == config.steps, at.update + step - first
+            if done is not None:
+                tokens += done.loss.metrics.get("tokens", 0.0)
+                self.look_at(done, self.row(at, "spike", index, step, update))
+                if done.action in ("rewind", "stop"):
+                    self.go_back(at, done, index, step, update)
+                    return
+                if step % config.log_every == 0 or ends:
+                    spent, started = time.perf_counter() - started, time.perf_counter()
+                    speed = {"tokens_per_s": round(tokens / spent, 1)}
+                    speed["seconds_per_step"] = spent / (step - since)
+                    self.log(self.row(at, "train", index, step, update) | _train_numbers(done) | speed)
+                    since, tokens = step, 0.0
+            if ends or (config.val_every and step % config.val_every == 0):
                 paused = time.perf_counter()
-                self.validate(stage, self.row(at, "val", index, step, at.update + step - first))
+                self.validate(stage, self.row(at, "val", index, step, update))
                 started += time.perf_counter() - paused
         if step > first:
             self.save(at, index, step, at.update + step - first, "step" if step == until else "interrupt")
 
-    def update(
-        self,
-        stage: Stage,
-        objective: Objective,
-        step: int,
-        plan: DataPlan,
-        optimizers: Optimizers,
-        factor: float,
-    ) -> tuple[Loss, float]:
-        """One step: batch, loss, gradient, update. Returns the loss and the gradient norm before clipping.
+    def look_at(self, done: Done, row: dict[str, Any]) -> None:
+        """Write down what a monitor saw, and a spike with what is done about it."""
+        if done.seen is not None:
+            self.log(row | {"kind": "monitor"} | done.seen)
+        if done.spike is not None:
+            found = {**done.spike.record(), "action": done.action, "shards": list(done.shards)}
+            self.log(row | found)
+            self.incidents.append({"step": row["step"], **found})
 
-        Raises TrainingError before anything is changed if either is not finite.
+    def go_back(self, at: Position, done: Done, index: int, step: int, update: int) -> None:
+        """Ledger that the head is trained again without the batches behind a spike, or only after a person
+        looked. ``step`` counts the batch that showed it.
         """
-        batch = stage.batches(step, plan)
-        with autocast(self.settings.dtype):
-            loss = objective(self.model, tensors(batch))
-        value = float(loss.total.detach())
-        optimizers.zero_grad()
-        if math.isfinite(value):
-            loss.total.backward()  # type: ignore[no-untyped-call]
-        norm = optimizers.clip() if math.isfinite(value) else math.nan
-        if not math.isfinite(norm):
-            what = f"loss is {value}" if not math.isfinite(value) else f"gradient norm is {norm}"
-            raise TrainingError(
-                f"stage '{stage.name}', step {step}: the {what} on a batch from {', '.join(batch.shards)}. "
-                f"The update was not applied; the last good checkpoint is {self.live}. Look at those shards, "
-                f"or start a new run with lower muon_lr, adam_lr or clip_norm in stage '{stage.name}'"
-            )
-        optimizers.step(factor)
-        return loss, norm
+        action, reason = done.action, done.reason
+        if action == "rewind" and at.rewinds + 1 >= self.settings.max_rollbacks:
+            action, reason = "stop", f"{reason}; {at.rewinds + 1} rewinds stop a run for a person"
+        start = at.at_head.step if at.at_head.stage_index == index else 0
+        body = {
+            "checkpoint": at.head,
+            "action": action,
+            "stage": self.stages[index].name,
+            "stage_index": index,
+            "step": step,
+            "update": update,
+            # A step is named by how many were done before it: the last is the one that showed the spike.
+            "left_out": [max(start, step - REWIND_STEPS), step - 1],
+            "reason": reason,
+            "incidents": self.incidents[:MOST_INCIDENTS],
+            "metrics_bytes": self.metrics.sync(),
+            "elapsed_s": self.elapsed(),
+        }
+        crash_point("spike.before-ledger")
+        self.ledger.append("spike", body)
+        self.live = REWOUND
+        self.progress.note(f"{reason}: {action}")
+        crash_point("spike.after-ledger")
 
     def place(self, at: Position) -> tuple[int, int]:
         """Stage index and step from which to train: the end of one stage is the start of the next."""
@@ -237,22 +256,43 @@ class _Run:
             return head.stage_index + 1, 0
         return head.stage_index, head.step
 
-    def ready(self, at: Position, index: int, step: int) -> Optimizers:
-        """Bring model and optimisers to the head's state, unless they hold it. New stage, new optimisers."""
+    def prepared(self) -> GPT:
+        """The model as updates run it: the same weights, through faster blocks if the settings say so."""
+        if self.settings.dtype == "fp8" and not uses_float8(self.model):
+            use_float8(self.model)
+        if self.settings.compile == "on" and not is_compiled(self.model):
+            compile_blocks(self.model)
+        return self.model
+
+    def ready(self, at: Position, index: int, step: int) -> Updater:
+        """Bring model, optimisers and detector to the head's state, unless they hold it. They are new in a
+        new stage.
+        """
         resumed, rolled_back = self.live is None, self.live not in (None, at.head)
-        if step == 0 or self.optimizers is None or self.live != at.head:
-            self.optimizers = Optimizers(self.model, self.stages[index].config, self.settings.muon_dtype)
-        assert self.optimizers is not None
+        if step == 0 or self.updates is None or self.live != at.head:
+            stage = self.stages[index]
+            objective = self.objectives[stage.config.objective]
+            if stage.config.z_loss:
+                objective = partial(objective, z_loss=stage.config.z_loss)  # type: ignore[call-arg]
+            self.updates = Updater(
+                self.prepared(), stage, objective, self.settings.dtype, self.settings.muon_dtype
+            )
         if resumed or rolled_back:
             kind = "rollback" if rolled_back else "resume"
             crash_point(f"{kind}.before-load")
             head = saving.from_ledger(self.run, at.at_head.body)
             self.check_plan(at, head)
-            saving.load_checkpoint(head, self.model, self.optimizers if step > 0 else None)
+            updates = self.updates if step > 0 else None
+            saving.load_checkpoint(
+                head,
+                self.model,
+                updates.optimizers if updates else None,
+                updates.detector if updates else None,
+            )
             self.live = at.head
             crash_point(f"{kind}.after-load")
         self.model.train()
-        return self.optimizers
+        return self.updates
 
     def check_plan(self, at: Position, head: Checkpoint) -> None:
         """The batches of a resumed run must be those that the ledger promised. A rolled-back head's plan
@@ -275,7 +315,7 @@ class _Run:
         if stage.validate is None:
             return
         self.model.eval()
-        with torch.no_grad(), autocast(self.settings.dtype):
+        with torch.no_grad(), autocast(self.settings.dtype, self.model.device):
             found = stage.validate(self.model)
         self.model.train()
         for numbers in [found] if isinstance(found, dict) else found:
@@ -299,13 +339,16 @@ class _Run:
             "update": update,
         }
         plan = at.plan_for(index, stage.plan).model_dump(mode="json")
+        if self.updates is not None:
+            self.updates.check_finite(self.live)
         artifacts = saving.write_checkpoint(
             self.run,
             name,
             self.model,
-            self.optimizers,
+            self.updates.optimizers if self.updates else None,
             self.tokenizer_file,
             {**place, "plan": plan, "seed": self.seed},
+            self.updates.detector if self.updates else None,
         )
         body = {
             **place,
@@ -320,8 +363,10 @@ class _Run:
             "elapsed_s": self.elapsed(),
             "artifacts": artifacts,
         }
+        if self.incidents:
+            body |= {"incidents": self.incidents[:MOST_INCIDENTS], "n_incidents": len(self.incidents)}
         self.ledger.append("checkpoint", body)
-        self.live = name
+        self.live, self.incidents = name, []
         self.progress.note(f"saved {name}")
         crash_point("checkpoint.after-ledger")
 
@@ -370,9 +415,10 @@ class _Run:
         self.progress.row(row)
 
 
-def _train_numbers(loss: Loss, norm: float, lr: float) -> dict[str, Any]:
+def _train_numbers(done: Done) -> dict[str, Any]:
+    loss = done.loss
     bpb = bits_per_byte(loss.metrics.get("nats", math.nan), loss.metrics.get("n_bytes", 0))
-    numbers = {"loss": float(loss.total.detach()), "bpb": bpb, "lr": lr, "grad_norm": norm}
+    numbers = {"loss": float(loss.total.detach()), "bpb": bpb, "lr": done.lr, "grad_norm": done.norm}
     if len(loss.parts) > 1:
         numbers |= {f"loss/{name}": float(value.detach()) for name, value in loss.parts.items()}
     return numbers

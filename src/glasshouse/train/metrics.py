@@ -36,7 +36,7 @@ class MetricsLog:
 
     def append(self, row: dict[str, Any]) -> None:
         """Write one row. Values that are not finite become null: the file stays strict JSON."""
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        clean = {k: [_known(x) for x in v] if isinstance(v, list) else _known(v) for k, v in row.items()}
         with disk_errors(self.path):
             self._file.write(json.dumps(clean, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
@@ -49,3 +49,7 @@ class MetricsLog:
     def close(self) -> None:
         """Close the file; calling it twice is fine."""
         self._file.close()
+
+
+def _known(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -44,11 +44,14 @@ class TensorBatch:
 Objective = Callable[[GPT, TensorBatch], Loss]
 
 
-def tensors(batch: Batch) -> TensorBatch:
-    """Wrap a batch of numpy arrays as tensors; a read-only (memory-mapped) array is copied."""
+def tensors(batch: Batch, device: torch.device | None = None) -> TensorBatch:
+    """Wrap a batch of numpy arrays as tensors on ``device``; a read-only (memory-mapped) array is copied."""
     arrays = (batch.tokens, batch.targets, batch.weight)
     tokens, targets, weight = (torch.from_numpy(a if a.flags.writeable else a.copy()) for a in arrays)
-    return TensorBatch(tokens.long(), targets.long(), weight.float(), batch.n_bytes, batch.shards)
+    tokens, targets, weight = tokens.long(), targets.long(), weight.float()
+    if device is not None and device.type != "cpu":
+        tokens, targets, weight = (x.to(device, non_blocking=True) for x in (tokens, targets, weight))
+    return TensorBatch(tokens, targets, weight, batch.n_bytes, batch.shards)
 
 
 def next_token(model: GPT, batch: TensorBatch, *, z_loss: float = 0.0) -> Loss:
@@ -117,9 +120,9 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), autocast(dtype):
+        with torch.no_grad(), autocast(dtype, model.device):
             for batch in batches:
-                metrics = objective(model, tensors(batch)).metrics
+                metrics = objective(model, tensors(batch, model.device)).metrics
                 nats, targets = nats + metrics["nats"], targets + metrics["targets"]
                 n_bytes += metrics["n_bytes"]
     finally:
@@ -134,10 +137,13 @@ def evaluate(
     }
 
 
-def autocast(dtype: str) -> contextlib.AbstractContextManager[None]:
-    """Context in which matrix products run in ``dtype`` ("fp32" or "bf16"); weights stay fp32."""
+def autocast(dtype: str, device: torch.device | None = None) -> contextlib.AbstractContextManager[None]:
+    """Context in which matrix products run in ``dtype`` ("fp32", "bf16" or "fp8"); weights stay fp32.
+
+    "fp8" is bf16 here: the matrices that multiply in FP8 see to it themselves (`model.float8`).
+    """
     if dtype == "fp32":
         return contextlib.nullcontext()
-    if dtype == "bf16":
-        return torch.autocast("cpu", dtype=torch.bfloat16)
-    raise ValueError(f"unknown dtype {dtype!r}: expected 'fp32' or 'bf16'")
+    if dtype in ("bf16", "fp8"):
+        return torch.autocast(device.type if device is not None else "cpu", dtype=torch.bfloat16)
+    raise ValueError(f"unknown dtype {dtype!r}: expected 'fp32', 'bf16' or 'fp8'")

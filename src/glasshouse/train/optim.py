@@ -12,6 +12,7 @@ State goes to flat tensors (safetensors), never through pickle.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from glasshouse.base.errors import CheckpointError
+from glasshouse.train.average import TailAverage
 from glasshouse.train.config import StageConfig
 
 # Keller Jordan's quintic: steepest at zero, ends with singular values in about [0.7, 1.2].
@@ -136,6 +138,7 @@ class Optimizers:
         self.groups = parameter_groups(model, config)
         self.clip_norm = config.clip_norm
         self._named = {name: p for group in self.groups for name, p in group.parameters}
+        self.average = TailAverage(self._named, config.steps, config.average_share)
         self._inner: list[torch.optim.Optimizer] = []
         for group in self.groups:
             parameters = [p for _, p in group.parameters]
@@ -157,12 +160,27 @@ class Optimizers:
         for p in self._named.values():
             p.grad = None
 
-    def clip(self) -> float:
+    def norms(self) -> list[float]:
+        """The norm of every gradient, in the order of `names`; 0 where there is none."""
+        present = {name: p.grad for name, p in self._named.items() if p.grad is not None}
+        found = torch.stack([n.float() for n in torch._foreach_norm(list(present.values()))]).tolist()
+        norms = dict(zip(present, found, strict=True))
+        return [norms.get(name, 0.0) for name in self._named]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all parameters that are updated."""
+        return tuple(self._named)
+
+    def clip(self, norm: float | None = None) -> float:
         """Scale gradients to global norm ``clip_norm`` at most; return the norm before that (may be inf or
-        NaN).
+        NaN). ``norm``: that norm, where it is known already.
         """
-        limit = self.clip_norm if self.clip_norm is not None else float("inf")
-        return float(nn.utils.clip_grad_norm_(self._named.values(), limit))
+        norm = math.hypot(*self.norms()) if norm is None else norm
+        if self.clip_norm is not None and norm > self.clip_norm:
+            gradients = [p.grad for p in self._named.values() if p.grad is not None]
+            torch._foreach_mul_(gradients, self.clip_norm / (norm + 1e-6))
+        return norm
 
     def step(self, lr_factor: float) -> None:
         """Update all parameters with every group's peak rate times ``lr_factor``."""
@@ -176,7 +194,7 @@ class Optimizers:
         for group, inner in zip(self.groups, self._inner, strict=True):
             for name, p in group.parameters:
                 state |= {f"{name}/{what}": value for what, value in inner.state[p].items()}
-        return state
+        return state | self.average.state_tensors()
 
     def scalars(self) -> list[dict[str, Any]]:
         """What each group was made with, as JSON, for checking on load."""
@@ -189,6 +207,7 @@ class Optimizers:
     def load(self, tensors: dict[str, Tensor], where: str) -> None:
         """Restore `state_tensors`. Raises CheckpointError if names or shapes are not this model's."""
         left = dict(tensors)
+        self.average.load(left, where)
         for group, inner in zip(self.groups, self._inner, strict=True):
             for name, p in group.parameters:
                 kinds = (
@@ -202,7 +221,7 @@ class Optimizers:
                             f"{where}: optimiser state '{name}/{what}' is {found}; it belongs to another "
                             "model or recipe; resume with the recipe that wrote it"
                         )
-                    inner.state[p][what] = value.clone()
+                    inner.state[p][what] = value.to(p.device, copy=True)
         if left:
             raise CheckpointError(
                 f"{where}: optimiser state for unknown parameter '{min(left)}'; "

@@ -21,6 +21,7 @@ from glasshouse.base.batch import Batch
 from glasshouse.base.errors import UsageError
 from glasshouse.model import GPT
 from glasshouse.model.compiled import compile_blocks, cpp_compiler, is_compiled, plain_blocks
+from glasshouse.model.float8 import has_float8
 from glasshouse.train.objective import Objective, autocast, next_token, tensors
 
 # Compiling takes half a minute the first time, and saves an eighth to a quarter of a step: shorter runs lose.
@@ -59,8 +60,22 @@ def bf16_instructions() -> str | None:
     return next((name for name in ("amx_bf16", "avx512_bf16", "bf16") if name in flags), None)
 
 
-def muon_dtype() -> str:
-    """bf16 where the CPU multiplies it, else fp32: emulated bf16 makes Muon take seconds a step."""
+def choose_device(setting: str) -> str:
+    """ "cpu" or "cuda" for ``setting`` "auto", "cpu" or "cuda"; "auto" takes a GPU that torch can use.
+
+    Raises UsageError for another setting, or "cuda" where there is none.
+    """
+    if setting not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"device is {setting!r}: use 'auto', 'cpu' or 'cuda'")
+    if setting == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device is 'cuda', but this torch finds no GPU; use device = 'cpu' or 'auto'")
+    return "cuda" if setting != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def muon_dtype(device: str = "cpu") -> str:
+    """bf16 where the device multiplies it, else fp32: emulated bf16 makes Muon take seconds a step."""
+    if device == "cuda":
+        return "bf16"
     usable = bf16_instructions() and torch.backends.cpu.get_cpu_capability() != "AVX2"
     return "bf16" if usable else "fp32"
 
@@ -68,15 +83,28 @@ def muon_dtype() -> str:
 def choose_dtype(
     setting: str, model: GPT, batch: Batch, objective: Objective = next_token, repeats: int = 3
 ) -> Choice:
-    """Choose "fp32" or "bf16" for ``setting`` "auto", "fp32" or "bf16". Leaves the model as it was.
+    """Choose a precision for ``setting`` "auto", "fp32", "bf16" or "fp8". Leaves the model as it was.
 
     "auto" takes bf16 only if the CPU has instructions for it *and* the median of ``repeats`` interleaved
-    steps is at least 5 % faster. Raises UsageError for any other setting.
+    steps is at least 5 % faster; on a GPU it takes bf16. "fp8" is taken only when asked for. Raises
+    UsageError for any other setting, and for "fp8" on a device without it.
     """
-    if setting in ("fp32", "bf16"):
+    if setting == "fp16":
+        raise UsageError(
+            "precision is 'fp16', which overflows above 65,504 and is not supported: use 'bf16', which has "
+            "the range of fp32"
+        )
+    if setting == "fp8" and not has_float8(model.device):
+        raise UsageError(
+            "precision is 'fp8', but this device does not multiply FP8: use 'bf16' (FP8 needs an NVIDIA GPU "
+            "of compute capability 8.9 or later)"
+        )
+    if setting in ("fp32", "bf16", "fp8"):
         return Choice(setting, "asked for")
     if setting != "auto":
-        raise UsageError(f"precision is {setting!r}: use 'auto', 'fp32' or 'bf16'")
+        raise UsageError(f"precision is {setting!r}: use 'auto', 'fp32', 'bf16' or 'fp8'")
+    if model.device.type == "cuda":
+        return Choice("bf16", "a GPU")
     instructions = bf16_instructions()
     if instructions is None:
         return Choice("fp32", "this CPU has no bf16 instructions")
@@ -186,8 +214,8 @@ def gradient(model: GPT, batch: Batch, objective: Objective, dtype: str) -> None
     """One forward and backward pass whose gradients are thrown away: the model, ``.grad`` included, stays
     as it is.
     """
-    with autocast(dtype):
-        loss = objective(model, tensors(batch)).total
+    with autocast(dtype, model.device):
+        loss = objective(model, tensors(batch, model.device)).total
     torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
 
 
