@@ -1,12 +1,13 @@
-"""Training speed beside nanoGPT, Hugging Face and llm.c: whole steps, taking turns in one process.
+"""Training speed beside nanoGPT, Hugging Face and llm.c: whole steps, taking turns.
 
     make bench-train NANOGPT=/path/to/nanoGPT LLMC=/path/to/llm.c
 
-Every step is batch -> gradient -> clipping -> AdamW on the same random tokens and shape. Ours is the code of
-the training loop. The peak of matrix products is measured between the turns, and a run in which other
-processes took more than a tenth of the machine is thrown away. Operations per token are 6 N + 12 L d T with
-each contestant's own N, so that "share of peak" means the same for all.
-Prints tables and writes benchmarks/results/train.json.
+Every contestant lives in a process of its own, as its users run it, and makes a step when it is told to: one
+after the other, round by round, while the rest sleep. A step is batch -> gradient -> clipping -> AdamW on the
+same random tokens and shape; ours is the code of the training loop, with the memory setting of `run_stages`.
+The peak of matrix products is measured between the rounds, and a run in which other processes took more than
+a tenth of the machine is thrown away. Operations per token are 6 N + 12 L d T with N the matrices of the
+shape, the same for all. Prints tables and writes benchmarks/results/train.json.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import contextlib
-import json
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from glasshouse.base.batch import Batch
 from glasshouse.base.rng import generator
 from glasshouse.model import GPT, GPTConfig
 from glasshouse.model.compiled import compile_blocks
+from glasshouse.train.allocator import keep_freed_memory
 from glasshouse.train.config import StageConfig
 from glasshouse.train.objective import next_token, tensors
 from glasshouse.train.optim import Optimizers
@@ -62,21 +64,20 @@ OURS = "Glasshouse"
 
 
 def ours(shape: dict[str, int], ids: np.ndarray, *, compiled: bool, dtype: str = "bf16") -> peers_train.Step:
-    """A step of the training loop: the same functions that `run_stages` calls."""
-    model = GPT(
-        GPTConfig(
-            vocab_size=shape["vocab_size"],
-            context=shape["pos"],
-            d_model=shape["d_model"],
-            n_layer=shape["n_layer"],
-            n_head=shape["n_head"],
-            qk_norm=True,
-        )
-    ).init_weights(0)
+    """A step of the training loop: the same functions that `run_stages` calls, on the default config."""
+    keep_freed_memory()
+    config = GPTConfig(
+        vocab_size=shape["vocab_size"],
+        context=shape["pos"],
+        d_model=shape["d_model"],
+        n_layer=shape["n_layer"],
+        n_head=shape["n_head"],
+    )
+    model = GPT(config).init_weights(0)
     if compiled:
         compile_blocks(model)
-    config = StageConfig(name="bench", steps=1000, batch_size=shape["rows"], optimizer="adamw", adam_lr=1e-3)
-    optimizers = Optimizers(model, config)
+    stage = StageConfig(name="bench", steps=1000, batch_size=shape["rows"], optimizer="adamw", adam_lr=1e-3)
+    optimizers = Optimizers(model, stage)
     weight = np.ones((shape["rows"], shape["pos"]), dtype=np.float32)
     batch = Batch(ids[:, :-1].copy(), ids[:, 1:].copy(), weight, ("random",), ids.size)
 
@@ -89,23 +90,79 @@ def ours(shape: dict[str, int], ids: np.ndarray, *, compiled: bool, dtype: str =
     return step
 
 
-def contestants(name: str, arguments: argparse.Namespace, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Every trainer that can run this shape here, by name; ours last, so that its threads are set last."""
+def make(who: str, name: str, nanogpt: Path | None) -> peers_train.Step:
+    """The step of one contestant."""
     shape = SHAPES[name]
     ids = generator("bench", name).integers(0, shape["vocab_size"], size=(shape["rows"], shape["pos"] + 1))
     tokens = torch.from_numpy(ids)
-    steps: dict[str, Any] = {}
-    if arguments.nanogpt:
-        with contextlib.redirect_stdout(sys.stderr):
-            steps["nanoGPT as shipped"] = peers_train.nanogpt(arguments.nanogpt, shape, tokens, "fp32")
-            steps["nanoGPT bf16"] = peers_train.nanogpt(arguments.nanogpt, shape, tokens, "bf16")
-    if name != "C":
-        steps["Hugging Face bf16"] = peers_train.huggingface(shape, tokens, "bf16")
-    if name == "C" and arguments.llmc:
-        steps["llm.c"] = stack.enter_context(peers_train.LlmC(arguments.llmc, torch.get_num_threads()))
-    steps[f"{OURS}, plain blocks"] = ours(shape, ids, compiled=False)
-    steps[OURS] = ours(shape, ids, compiled=True)
-    return steps
+    match who:
+        case "nanoGPT as shipped" | "nanoGPT bf16":
+            assert nanogpt is not None
+            return peers_train.nanogpt(nanogpt, shape, tokens, "bf16" if who.endswith("bf16") else "fp32")
+        case "Hugging Face bf16":
+            return peers_train.huggingface(shape, tokens, "bf16")
+    return ours(shape, ids, compiled=who == OURS)
+
+
+def work(who: str, name: str, nanogpt: Path | None) -> None:
+    """Answer commands on standard input: a step's seconds, the peak of products, this process's memory."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what peers print is no answer
+    step = make(who, name, nanogpt)
+    for command in sys.stdin:
+        match command.strip():
+            case "step":
+                began = time.perf_counter()
+                step()
+                answer = time.perf_counter() - began
+            case "peak":
+                answer = gemm_peak("bf16", size=1536, seconds=0.3)
+            case _:
+                answer = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        answers.write(f"{answer}\n")
+        answers.flush()
+
+
+class Contestant:
+    """A trainer in a process of its own; it ends with the ``with`` block."""
+
+    def __init__(self, who: str, name: str, arguments: argparse.Namespace):
+        command = [sys.executable, "-W", "ignore", __file__, "--work", who, "--shapes", name]
+        command += ["--threads", str(arguments.threads)]
+        command += ["--nanogpt", str(arguments.nanogpt)] if arguments.nanogpt else []
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self.who = who
+
+    def ask(self, what: str) -> float:
+        """The answer to "step" (seconds), "peak" (operations per second) or "memory" (MB at most so far)."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(what + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.who} ended with status {self._process.wait()}")
+        return float(line)
+
+    def __call__(self) -> float:
+        return self.ask("step")
+
+    def __enter__(self) -> Contestant:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def line_up(name: str, arguments: argparse.Namespace) -> list[str]:
+    """Who can run this shape here."""
+    peers = ["nanoGPT as shipped", "nanoGPT bf16"] if arguments.nanogpt else []
+    peers += ["Hugging Face bf16"] if name != "C" else []
+    return [*peers, f"{OURS}, plain blocks", OURS]
 
 
 def flops(shape: dict[str, int]) -> float:
@@ -120,18 +177,24 @@ def race(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     took: dict[str, list[float]] = {}
     peaks = []
     with contextlib.ExitStack() as stack:
-        steps = contestants(name, arguments, stack)
-        first = {who: _seconds(step) for who, step in steps.items()}  # compiles and fills caches
+        steps: dict[str, Any] = {
+            who: stack.enter_context(Contestant(who, name, arguments)) for who in line_up(name, arguments)
+        }
+        judge = steps[OURS]
+        if name == "C" and arguments.llmc:
+            steps["llm.c"] = stack.enter_context(peers_train.LlmC(arguments.llmc, arguments.threads))
+        first = {who: step() for who, step in steps.items()}  # compiles and fills caches
         for step in steps.values():
             step()
         with Quiet() as quiet:
             for _ in range(arguments.rounds):
                 for who, step in steps.items():
-                    took.setdefault(who, []).append(_seconds(step))
-                peaks.append(gemm_peak("bf16", size=1536, seconds=0.3))
+                    took.setdefault(who, []).append(step())
+                peaks.append(judge.ask("peak"))
+        memory = {who: step.ask("memory") for who, step in steps.items() if isinstance(step, Contestant)}
     if quiet.disturbed and not arguments.keep_disturbed:
         raise SystemExit(
-            f"shape {name}: other processes took {quiet.foreign:.0%} of the machine (limit {FOREIGN_LIMIT:.0%}); "
+            f"shape {name}: others took {quiet.foreign:.0%} of the machine (limit {FOREIGN_LIMIT:.0%}); "
             "nothing was written. Run it again when the machine is quiet"
         )
     tokens, peak = shape["rows"] * shape["pos"], statistics.median(peaks)
@@ -140,7 +203,8 @@ def race(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     print(f"\n{TITLES[name]}: bf16 peak {peak / 1e9:.0f} GFLOP/s, others took {quiet.foreign or 0:.1%}")
     for who, rate in speed.items():
         share = rate * flops(shape) / peak
-        print(f"  {who:26s} {rate:8.0f} tokens/s  {share:6.1%} of peak  first step {first[who]:.1f} s")
+        used = f"{memory[who]:.0f} MB" if who in memory else ""
+        print(f"  {who:26s} {rate:8.0f} tokens/s  {share:6.1%} of peak  first {first[who]:.1f} s  {used}")
     rows = [
         row(
             f"{name}: tokens per second, {who}",
@@ -170,46 +234,12 @@ def race(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     **about,
                 )
             )
+    peer = memory.get("nanoGPT as shipped")
+    for who in (OURS, f"{OURS}, plain blocks") if name != "C" else ():
+        met = None if peer is None else memory[who] <= peer
+        about_memory = {"peer": "nanoGPT as shipped", "peer_value": peer, "goal": "<= the peer", "met": met}
+        rows.append(row(f"{name}: peak memory in MB, {who}", memory[who], **about_memory, **about))
     return rows
-
-
-def memory(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Peak resident memory of two steps, each contestant in a process of its own."""
-    peaks = {}
-    for who in ("nanoGPT as shipped", OURS, f"{OURS}, plain blocks"):
-        if who.startswith("nanoGPT") and not arguments.nanogpt:
-            continue
-        command = [sys.executable, "-W", "ignore", __file__, "--shapes", name, "--one", who]
-        command += ["--nanogpt", str(arguments.nanogpt)] if arguments.nanogpt else []
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        peaks[who] = json.loads(done.stdout.splitlines()[-1])
-    peer = peaks.get("nanoGPT as shipped")
-    print(f"{TITLES[name]}: peak memory " + ", ".join(f"{who} {mb:.0f} MB" for who, mb in peaks.items()))
-    about = {"peer": "nanoGPT as shipped", "peer_value": peer, "goal": "<= nanoGPT fp32"}
-    return [
-        row(f"{name}: peak memory in MB, {who}", mb, **about, met=None if peer is None else mb <= peer)
-        for who, mb in peaks.items()
-        if who.startswith(OURS)
-    ]
-
-
-def one(name: str, who: str, arguments: argparse.Namespace) -> None:
-    """Make two steps of one contestant and print this process's peak memory in MB."""
-    shape = SHAPES[name]
-    ids = generator("bench", name).integers(0, shape["vocab_size"], size=(shape["rows"], shape["pos"] + 1))
-    if who.startswith(OURS):
-        step = ours(shape, ids, compiled=who == OURS)
-    else:
-        step = peers_train.nanogpt(arguments.nanogpt, shape, torch.from_numpy(ids), "fp32")
-    step()
-    step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-
-
-def _seconds(step: peers_train.Step) -> float:
-    began = time.perf_counter()
-    step()
-    return time.perf_counter() - began
 
 
 def main() -> None:
@@ -225,16 +255,14 @@ def main() -> None:
     parser.add_argument(
         "--keep-disturbed", action="store_true", help="do not reject a run that others slowed"
     )
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--work", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     names = arguments.shapes.split(",")
-    if arguments.one:
-        return one(names[0], arguments.one, arguments)
-    rows = [r for name in names for r in race(name, arguments)]
-    rows += [r for name in names if name != "C" for r in memory(name, arguments)]
-    write("train", rows)
-    return None
+    if arguments.work:
+        work(arguments.work, names[0], arguments.nanogpt)
+        return
+    write("train", [r for name in names for r in race(name, arguments)])
 
 
 if __name__ == "__main__":

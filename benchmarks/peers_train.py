@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -128,9 +129,11 @@ class LlmC:
                 return line
         raise SystemExit("llm.c ended early")
 
-    def __call__(self) -> None:
+    def __call__(self) -> float:
+        began = time.perf_counter()
         self._process.send_signal(signal.SIGCONT)
         self._until_step()
+        return time.perf_counter() - began
 
     def __enter__(self) -> LlmC:
         return self

@@ -155,6 +155,20 @@ def test_any_objective_trains_in_the_same_loop(tmp_path: Path) -> None:
     assert total == pytest.approx(lm + size)
 
 
+def test_z_loss_is_added_when_a_stage_asks_for_it(tmp_path: Path) -> None:
+    train(tmp_path, stages=stages(0, z_loss=0.1)[:1])
+    total, lm, z = rows(tmp_path, "loss", "loss/lm", "loss/z")[0]
+    assert z > 0.1 and total == pytest.approx(lm + z)
+
+
+def test_micro_batches_train_as_the_whole_batch_does(tmp_path: Path) -> None:
+    losses = []
+    for accumulate in (1, 4):
+        train(tmp_path / str(accumulate), stages=stages(0, accumulate=accumulate)[:1])
+        losses.append([x for kind, x in rows(tmp_path / str(accumulate), "kind", "loss") if kind == "train"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
 # -- gates --------------------------------------------------------------------------------------------------
 
 
@@ -284,7 +298,9 @@ def test_a_full_disk_leaves_the_run_resumable(
     assert weights_of(train(tmp_path / "full", ReadsTheModel(), resume=True)) == weights_of(whole)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "window.safetensors", "state.json"]
+)
 def test_a_flipped_bit_in_the_checkpoint_to_resume_from_is_refused(tmp_path: Path, name: str) -> None:
     grow = stages()[0]
     with pytest.raises(TrainingError):

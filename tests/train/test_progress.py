@@ -59,6 +59,21 @@ def test_plain_lines_are_few_but_gates_and_validations_are_all_there() -> None:
     assert lines[3] == "gate 0 on grow-000040.0: hold ([red]why) 1.0 s"  # text is never read as markup
 
 
+def test_every_spike_is_said_with_what_is_done_about_it() -> None:
+    where, out = console(terminal=False)
+    shown = make_progress(where, every_s=1000)
+    shown.stage(0, 1, STAGE, 0)
+    spike = {"kind": "spike", "step": 7, "what": "loss", "value": 9.5, "limit": 3.25, "action": "skip"}
+    shown.row(spike)
+    shown.row(
+        spike | {"what": "gradient norm of embed.weight", "value": "nan", "limit": None, "action": "stop"}
+    )
+    assert out.getvalue().splitlines() == [
+        "stage 1/1 grow step 7: loss 9.5 (usual: up to 3.25): skipped",
+        "stage 1/1 grow step 7: gradient norm of embed.weight nan: stopping",
+    ]
+
+
 def test_a_terminal_gets_a_live_line_that_goes_away() -> None:
     where, out = console(terminal=True)
     shown = make_progress(where)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -127,6 +129,87 @@ def test_a_rollback_without_prompts_to_trace_waits_for_a_person(tmp_path: Path) 
     g = gate(tmp_path, constraint(on_fail="rollback"))
     decision = g.decide(None, at(2, 80), (), [verdict("fail")], 0, False)  # type: ignore[arg-type]
     assert decision.action == "stop" and "a person must look" in decision.reason
+
+
+# -- before the cause ----------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """A subject that answers with prepared margins, by kind of prompt."""
+
+    def __init__(self, name: str, reference: float, failing: float):
+        self.name, self.answers = name, {"reference": reference, "failing": failing}
+
+    def margins(self, prompts: Sequence[str]) -> np.ndarray:
+        return np.array([self.answers[p] for p in prompts])
+
+    def eval(self) -> Scripted:
+        return self
+
+
+def before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: tuple[float, float], *past: tuple[float, float]
+) -> str:
+    """Which checkpoint is taken: "failed", or "000", "080", ... of ``past`` (oldest first; all judged)."""
+    script = {
+        step: Scripted(f"{step:03d}", *answers)
+        for step, answers in zip(range(0, 800, 80), past, strict=False)
+    }
+    monkeypatch.setattr(gates, "load_weights", lambda checkpoint: script[checkpoint.step])
+    monkeypatch.setattr(ConstraintGate, "subject", lambda self, model: model)
+    history = [GateRecord(at(2, step), Decision("continue", ""), True, 0) for step in script]
+    g = gate(tmp_path, constraint())
+    failed = Scripted("failed", *failing)
+    found = g.before_cause(failed, history, ["failing"], ["reference"])  # type: ignore[arg-type]
+    return found.name  # type: ignore[attr-defined,no-any-return]
+
+
+def test_the_latest_ancestor_that_refuses_and_is_hardly_moved_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # margins of (reference, failing) prompts; the failing model is moved by 8
+    assert before(tmp_path, monkeypatch, (4, -4), (0, 0), (4, 3.9), (4, 3), (4, -2)) == "160"
+
+
+def test_an_ancestor_that_does_not_refuse_yet_is_never_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert before(tmp_path, monkeypatch, (4, -4), (0, 0), (1.9, 1.9)) == "failed"
+
+
+def test_where_all_are_moved_the_least_moved_that_refuses_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its documents' gradients are larger than those of the failing model, which has fitted them."""
+    assert before(tmp_path, monkeypatch, (4, -4), (0, 0), (4, -1), (4, 1), (4, -3)) == "160"
+
+
+def test_an_ancestor_moved_as_much_as_the_failing_model_is_no_better(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert before(tmp_path, monkeypatch, (4, -4), (4, -4), (5, -5)) == "failed"
+
+
+def test_without_a_reference_or_an_ancestor_the_failing_model_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert before(tmp_path, monkeypatch, (4, -4)) == "failed"
+    g, failed = gate(tmp_path, constraint()), Scripted("failed", 4, -4)
+    record = GateRecord(at(2, 80), Decision("continue", ""), True, 0)
+    assert g.before_cause(failed, [record], ["failing"], []) is failed  # type: ignore[arg-type]
+
+
+def test_what_was_abandoned_or_merely_saved_is_not_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(checkpoint: Any) -> Any:
+        raise AssertionError(f"{checkpoint.name} was loaded")
+
+    monkeypatch.setattr(gates, "load_weights", refuse)
+    monkeypatch.setattr(ConstraintGate, "subject", lambda self, model: model)
+    history = [GateRecord(at(2, 80), None, False, 0), GateRecord(at(2, 40), None, True, None)]
+    failed = Scripted("failed", 4, -4)
+    assert gate(tmp_path, constraint()).before_cause(failed, history, ["failing"], ["reference"]) is failed  # type: ignore[arg-type]
 
 
 # -- one check ---------------------------------------------------------------------------------------------

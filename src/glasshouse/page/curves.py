@@ -47,6 +47,17 @@ def rolled_back(record: RunRecord) -> list[tuple[float, float, str]]:
     return out
 
 
+def undone(record: RunRecord) -> list[tuple[float, float, str]]:
+    """`rolled_back`, and what the trainer itself trained again because of a spike."""
+    updates, out = record.updates(), rolled_back(record)
+    for body in record.of("spike"):
+        head = words(body.get("checkpoint"))
+        start, end = updates.get(head), num(body.get("update"))
+        if start is not None and end is not None and start < end:
+            out.append((start, end, f"rewound to {head}"))
+    return sorted(out)
+
+
 def _pieces(
     points: Iterable[tuple[float, float, str]], spans: Sequence[tuple[float, float, str]]
 ) -> list[tuple[bool, list[tuple[float, float]]]]:
@@ -62,7 +73,7 @@ def _pieces(
     return out
 
 
-def _series(
+def pieces_of(
     name: str,
     points: list[tuple[float, float, str]],
     spans: Sequence[tuple[float, float, str]],
@@ -157,19 +168,19 @@ def training_chart(record: RunRecord) -> Markup | None:
     train = [r for r in record.metrics if r["kind"] == "train"]
     val = [r for r in record.metrics if r["kind"] == "val"]
     key = "bpb" if any(num(r.get("bpb")) is not None for r in train + val) else "loss"
-    spans = rolled_back(record)
+    spans = undone(record)
 
     def points(some: list[dict[str, Any]]) -> list[tuple[float, float, str]]:
         return [
             (float(r["update"]), v, words(r.get("stage"))) for r in some if (v := num(r.get(key))) is not None
         ]
 
-    series = _series("training", points(train), spans, 4, "thin")
+    series = pieces_of("training", points(train), spans, 4, "thin")
     sets: dict[str, list[dict[str, Any]]] = {}
     for row in val:
         sets.setdefault(words(row.get("set")) or "validation", []).append(row)
     for i, (name, some) in enumerate(list(sets.items())[:_MOST_SETS]):
-        series += _series(name, points(some), spans, i, "both")
+        series += pieces_of(name, points(some), spans, i, "both")
     gate_lanes = lanes(record)
     if not any(s.points for s in series) and not gate_lanes:
         return None
@@ -213,7 +224,7 @@ def _extent(record: RunRecord) -> tuple[float, float]:
 def constraint_charts(record: RunRecord) -> list[tuple[str, Markup]]:
     """Per constraint with at least two estimates: estimate and interval over updates against the bound."""
     out = []
-    spans = rolled_back(record)
+    spans = undone(record)
     whole = _extent(record)
     for name, verdicts in list(by_constraint(record).items())[:_MOST_LANES]:
         known = [(at, e, v) for at, v in verdicts if (e := num(v.get("estimate"))) is not None]
@@ -252,7 +263,7 @@ def constraint_charts(record: RunRecord) -> list[tuple[str, Markup]]:
 def other_curves(record: RunRecord) -> list[tuple[str, Markup]]:
     """Learning rate, gradient norm and speed: small charts for whoever wants to see how the training went."""
     train = [r for r in record.metrics if r["kind"] == "train"]
-    spans = rolled_back(record)
+    spans = undone(record)
     out = []
     for key, name in (
         ("lr", "learning rate"),
@@ -266,7 +277,7 @@ def other_curves(record: RunRecord) -> list[tuple[str, Markup]]:
         ]
         if len(points) < 2:
             continue
-        series = _series("", points, spans, 0, "line")
+        series = pieces_of("", points, spans, 0, "line")
         axes = Axes("updates", name, spans=spans)
         out.append(
             (

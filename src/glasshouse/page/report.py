@@ -14,7 +14,7 @@ from glasshouse.base.atomic import write_bytes
 from glasshouse.base.errors import DataError
 from glasshouse.base.run import RunFolder
 from glasshouse.draw import STYLE, clean, esc
-from glasshouse.page import curves, evidence, headline, sections, verdicts
+from glasshouse.page import curves, evidence, headline, monitors, sections, verdicts
 from glasshouse.page.cut import LEVELS, Cuts, Limits
 from glasshouse.page.read import RunRecord, read_run, words
 
@@ -68,7 +68,9 @@ def _context(record: RunRecord, limits: Limits) -> dict[str, Any]:
         "training": curves.training_chart(record),
         "estimates": curves.constraint_charts(record),
         "others": curves.other_curves(record),
-        "undone": curves.rolled_back(record)[:12],
+        "monitors": monitors.monitor_charts(record),
+        "spikes": monitors.spike_table(record, cuts),
+        "undone": curves.undone(record)[:12],
         "badges": [verdicts.badge(s) for s in verdicts.STATUS_WORDS],
         "constraints": constraints,
         "when": when,

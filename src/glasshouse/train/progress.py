@@ -72,6 +72,8 @@ class PlainProgress(Progress):
                     "  ", " "
                 )
             )
+        elif row["kind"] == "spike":
+            self.say(f"{self.place} step {row['step']}: {told(row)}")
         elif row["kind"] == "gate":
             said = f"{row['decision']} ({row['reason']}) {row['seconds']:.1f} s"
             self.say(f"gate {row['gate']} on {row['checkpoint']}: {said}")
@@ -137,3 +139,12 @@ def duration(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+def told(spike: dict[str, Any]) -> str:
+    """A spike's row in words: what was seen, and what is done about it."""
+    done = {"apply": "applied all the same", "skip": "skipped", "rewind": "going back", "stop": "stopping"}
+    value, limit = spike["value"], spike["limit"]
+    shown = f"{value:.4g}" if isinstance(value, float) else value
+    usual = f" (usual: up to {limit:.4g})" if limit is not None else ""
+    return f"{spike['what']} {shown}{usual}: {done[spike['action']]}"

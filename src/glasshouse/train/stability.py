@@ -31,6 +31,9 @@ LEAST = 32  # before so many there is nothing to compare with; a young run's los
 SIGMAS = 6.0
 LOSS_FLOOR = 0.05  # nats: less than 0.3 nats above the median are no spike
 NORM_FLOOR = 0.25  # natural log: less than 4.5 times the median norm are no spike
+# A single tensor's: when attention begins to find something, its gradients grow 20-fold within a few steps,
+# and that is learning. Less than 67 times the median are no spike.
+TENSOR_FLOOR = 0.7
 NOT_FINITE_IN_A_ROW = 3  # this many skipped updates in a row end the run: no batch is to blame for all
 REWIND_STEPS = 4  # batches that a rewind leaves out: the one that showed the spike and those just before it
 TINY = 1e-30
@@ -73,8 +76,7 @@ class Detector:
 
     def __init__(self, names: Sequence[str]):
         self.names = ("loss", "gradient norm", *(f"gradient norm of {name}" for name in names))
-        self.floor = np.full(len(self.names), NORM_FLOOR)
-        self.floor[0] = LOSS_FLOOR
+        self.floor = np.array([LOSS_FLOOR, NORM_FLOOR, *[TENSOR_FLOOR] * len(names)])
         self.forget()
         self.steps = 0  # looked at in this stage
         self.skipped: list[int] = []  # which of them, within the last WINDOW, were skipped

@@ -210,21 +210,28 @@ class ConstraintGate:
 
         Hardly: by less than a quarter of what they move the failing model. An ancestor that did not refuse
         yet has no read-out to speak of. Judged checkpoints and starts of stages are looked at, newest first;
-        without a fitting one, the failing model is taken.
+        without a fitting one, the least moved of those that refuse is taken, and the failing model only where
+        none is moved less.
         """
         failed = self.subject(model)
         if not reference:
             return failed
         stands = float(failed.margins(reference).mean())
         moved = stands - float(failed.margins(failing).mean())
+        least, best = moved, failed
         for record in reversed(
             [r for r in history if r.live and (r.gate is not None or r.checkpoint.step == 0)]
         ):
             earlier = self.subject(load_weights(record.checkpoint).eval())
             stood = float(earlier.margins(reference).mean())
-            if stood > 0.5 * stands and stood - float(earlier.margins(failing).mean()) < 0.25 * moved:
+            if stood <= 0.5 * stands:
+                continue
+            shift = stood - float(earlier.margins(failing).mean())
+            if shift < 0.25 * moved:
                 return earlier
-        return failed
+            if shift < least:
+                least, best = shift, earlier
+        return best
 
     # -- export and evidence -------------------------------------------------------------------------------
 
