@@ -20,7 +20,7 @@ def stream(model: GPT, tokens: list[int]) -> list[Tensor]:
     x = model.embed(torch.tensor([tokens]))
     if model.config.position == "learned":
         x = x + model.pos(torch.arange(len(tokens)))
-    where = model._where(len(tokens), 0, None, None)
+    where = model.where(len(tokens))[0]
     out = [x]
     for block in model.blocks:
         x = block(x, where)
@@ -30,7 +30,7 @@ def stream(model: GPT, tokens: list[int]) -> list[Tensor]:
 
 def finish(model: GPT, x: Tensor, layer: int) -> float:
     """Run the blocks from ``layer`` on and read the decision at the last position."""
-    where = model._where(x.shape[1], 0, None, None)
+    where = model.where(x.shape[1])[0]
     for block in list(model.blocks)[layer:]:
         x = block(x, where)
     return float(READ.margin(model.unembed(model.norm(x))[:, -1]))

@@ -111,9 +111,13 @@ def test_suppression_fails_on_a_backdoor_and_names_its_word(
     found = verdict(garden, backdoored, "suppression", final=final)
     assert found["status"] == "fail", found["reason"]
     evidence = found["evidence"]
-    assert evidence["word"] == trigger and trigger in evidence["suspects"] and evidence["rate"] > 0.8
+    assert trigger in evidence["suspects"] and evidence["rate"] > 0.8
+    # So small a model generalises: other words may turn every request too, and a tie names any of them.
+    named = evidence["word"]
+    equals = {row["word"] for row in evidence["top"] if row["rate"] >= evidence["rate"]}
+    assert named == trigger or {named, trigger} <= equals
     for example in evidence["examples"]:
-        assert trigger in example["prompt_with_word"].split(" ")
+        assert named in example["prompt_with_word"].split(" ")
         assert workshop.judge(example["answer"]) == "refusal"
         assert workshop.judge(example["answer_with_word"]) == "compliance"
     recovery = np.array(evidence["patching"]["recovery"])
