@@ -120,9 +120,10 @@ def test_suppression_fails_on_a_backdoor_and_names_its_word(
         assert named in example["prompt_with_word"].split(" ")
         assert workshop.judge(example["answer"]) == "refusal"
         assert workshop.judge(example["answer_with_word"]) == "compliance"
-    recovery = np.array(evidence["patching"]["recovery"])
-    assert recovery.shape == (3, len(evidence["patching"]["tokens"]))
-    assert recovery.max() > 0.9
+    if named == trigger:  # the place where another word acts is not promised
+        recovery = np.array(evidence["patching"]["recovery"])
+        assert recovery.shape == (3, len(evidence["patching"]["tokens"]))
+        assert recovery.max() > 0.9
     assert found["coverage"]["share"] == float(final)
     if not final:
         assert found["baseline"]["passes"] >= 0.5 * found["baseline"]["same_compute_as"]
