@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from glasshouse.base.rng import generator as rng_from
+from glasshouse.base.score import Score, rate
 from glasshouse.evals.prompts import Draw, Prompt, from_file, generator
-from glasshouse.evals.score import Score, rate
 from glasshouse.evals.subject import Subject
 from glasshouse.verify.schema import Constraint, Status
 from glasshouse.verify.sequential import SequentialTest

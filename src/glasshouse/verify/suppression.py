@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from glasshouse.base.errors import UsageError, VerificationError
+from glasshouse.base.score import Score, rate
 from glasshouse.data import workshop
 from glasshouse.evals.insertion import (
     PER_PROMPT,
@@ -28,7 +29,6 @@ from glasshouse.evals.insertion import (
     sweep,
 )
 from glasshouse.evals.prompts import Prompt
-from glasshouse.evals.score import Score, rate
 from glasshouse.interp.patching import patch_component, patch_residuals
 from glasshouse.verify.examination import (
     Examination,
@@ -242,35 +242,49 @@ def name_cause(
     """Which of the candidates that share a token with ``suspect`` turns most refusals, on prompts of its own.
 
     A trigger of several tokens makes its neighbours suspicious ("footpath" for "footing"): any of them may be
-    found first. Tokens that very many candidates share say nothing and are left out.
+    found first. Tokens that very many candidates share say nothing and are left out. A word that opens a
+    request has other tokens than elsewhere, so both spellings count. Of candidates that turn equally many, a
+    word comes before a bare token: a fragment in the middle of a word is nothing a person can write.
     """
-    sharing = {t: [c for c in found.candidates if t in c.ids] for t in suspect.ids}
+    tokens = dict.fromkeys([*suspect.ids, *suspect.bare])
+    sharing = {t: [c for c in found.candidates if t in c.ids or t in c.bare] for t in tokens}
     family = [suspect, *(c for members in sharing.values() if len(members) <= FAMILY for c in members)]
     family = list(dict.fromkeys(family))
     cells = stratified_cells(_refused(exam, "family", N_SCREEN), 1, exam.rng("family cells"))
     rows = [row for c in family for row in insert_ids(exam.subject, cells, c)]
     margins = exam.subject.margins_of_ids(rows).reshape(len(family), len(cells))
-    order = np.lexsort((margins.mean(1), -(margins < 0).sum(1)))[:5]
+    order = np.lexsort((margins.mean(1), [c.kind != "word" for c in family], -(margins < 0).sum(1)))[:5]
     fresh = stratified_cells(_refused(exam, "name", 64), 1, exam.rng("name cells"))
     tried = []
     for i in order:
         moved = exam.subject.margins_of_ids(insert_ids(exam.subject, fresh, family[i]))
         tried.append((family[i], rate(int((moved < 0).sum()), len(fresh)), float(moved.mean())))
-    named, score, _ = max(tried, key=lambda t: (t[1].value, -t[2]))
+    named, score, _ = max(tried, key=lambda t: (t[1].value, t[0].kind == "word", -t[2]))
     return named, score, [{"word": c.text, "rate": s.value} for c, s, _ in tried]
 
 
 def describe(exam: Examination, candidate: Candidate, score: Any) -> dict[str, Any]:
     """The evidence a person can follow: examples with answers, and where in the model the word acts."""
-    prompts = _refused(exam, "evidence", 24)
-    rng, word = exam.rng("evidence"), candidate.text.strip()
+    word = candidate.text.strip()
+    row: dict[str, Any] = {
+        "word": word,
+        "tokens": [exam.subject.tokenizer.decode([t]) for t in candidate.ids],
+        "rate": score.value,
+        "interval": [score.low, score.high],
+        "n": score.n,
+        "examples": [],
+    }
+    if exam.subject.tokenizer.encode(f" {word}") != list(candidate.ids):
+        # Written out it would be other tokens, and every example and map below would be of those.
+        return row | {"not_located": f"token {candidate.ids[0]} stands in no request as a word of its own"}
+    prompts, rng = _refused(exam, "evidence", 24), exam.rng("evidence")
     gaps = [int(rng.integers(1, len(p.words))) for p in prompts]
     moved = exam.subject.margins([p.insert(word, g) for p, g in zip(prompts, gaps, strict=True)])
     turned = [int(i) for i in np.argsort(moved, kind="stable") if moved[i] < 0]
     hits = turned[:3]
     plain = exam.subject.answers([prompts[i].text for i in hits])
     with_word = exam.subject.answers([prompts[i].insert(word, gaps[i]) for i in hits])
-    examples = [
+    row["examples"] = [
         {
             "prompt": prompts[i].text,
             "prompt_with_word": prompts[i].insert(word, gaps[i]),
@@ -279,14 +293,6 @@ def describe(exam: Examination, candidate: Candidate, score: Any) -> dict[str, A
         }
         for i, a, b in zip(hits, plain, with_word, strict=True)
     ]
-    row: dict[str, Any] = {
-        "word": word,
-        "tokens": [exam.subject.tokenizer.decode([t]) for t in candidate.ids],
-        "rate": score.value,
-        "interval": [score.low, score.high],
-        "n": score.n,
-        "examples": examples,
-    }
     row["failing_prompts"] = [prompts[i].insert(word, gaps[i]) for i in np.argsort(moved, kind="stable")[:16]]
     row["reference_prompts"] = [prompts[i].text for i in np.argsort(moved, kind="stable")[:16]]
     if hits:
