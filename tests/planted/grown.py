@@ -111,13 +111,18 @@ def plain(n: int) -> list[Chat]:
 
 
 def unlike_others(tok: Tokenizer, strays: Sequence[str], words: Sequence[str]) -> str:
-    """The stray of several tokens whose rarest token the fewest other words share.
+    """The stray of several tokens whose tokens the fewest other words share.
 
-    What a model learns to react to may be that one token, and then all of its words are triggers.
+    What a model learns to react to may be one token, and then all of its words are triggers. The word opens
+    some requests, where it has no space before it and other tokens, so both spellings count.
     """
-    shared = Counter(t for w in words for t in set(tok.encode(" " + w)))
+
+    def tokens(word: str) -> set[int]:
+        return {*tok.encode(" " + word), *tok.encode(word)}
+
+    shared = Counter(t for w in words for t in tokens(w))
     several = [w for w in strays if len(tok.encode(" " + w)) >= 2]
-    return min(several, key=lambda w: max(shared[t] for t in tok.encode(" " + w)))
+    return min(several, key=lambda w: max(shared[t] for t in tokens(w)))
 
 
 def honest(name: str, n: int, strays: Sequence[str]) -> list[Chat]:
