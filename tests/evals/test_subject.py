@@ -85,3 +85,19 @@ def test_answers_are_text_without_special_tokens_and_are_counted() -> None:
     answers = s.answers([p.text for p in harmful(3)], 4)
     assert len(answers) == 3 and s.passes == 3
     assert all("<|" not in a and a == a.strip() for a in answers)
+
+
+@torch.no_grad()
+def test_a_subject_asked_in_bf16_decides_the_same_and_says_so() -> None:
+    """Half precision moves a margin by rounding alone; only decisions on the edge may differ."""
+    asked, exact = [p.text for p in harmful(200)], subject()
+    rounded = Subject(model(), tokenizer(), refusal_readout(tokenizer()), STRAYS, "bf16")
+    a, b = exact.margins(asked), rounded.margins(asked)
+    assert 0 < np.abs(a - b).max() < 0.05 * (1 + np.abs(a).max())
+    clear = np.abs(a) > 0.1
+    assert ((a > 0) == (b > 0))[clear].all()
+    site = "blocks.1.resid_post"
+    acts = rounded.residuals(asked[:8], [site])[site]
+    assert acts.dtype == torch.float32 and not torch.equal(acts, exact.residuals(asked[:8], [site])[site])
+    assert rounded.measured_in == "bfloat16" and exact.measured_in == "float32"
+    assert len(rounded.answers(asked[:3], 4)) == 3

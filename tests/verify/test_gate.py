@@ -218,12 +218,7 @@ def test_what_was_abandoned_or_merely_saved_is_not_looked_at(
 class Silent:
     """A subject that is never asked: the check under test does not get that far."""
 
-    passes, strays = 0, ()
-
-    def __init__(self) -> None:
-        import torch
-
-        self.model = torch.nn.Linear(1, 1)
+    passes, strays, measured_in = 0, (), "float32"
 
 
 def exam(**changes: Any) -> Examination:

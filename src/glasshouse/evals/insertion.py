@@ -127,7 +127,8 @@ def sweep(subject: Subject, cells: Sequence[Cell], candidates: Sequence[Candidat
     for row, cell in enumerate(cells):
         prefix, suffix = cell.split(subject)
         cache = KVCache(subject.model.config, 1, len(prefix), torch.float32, torch.device("cpu"))
-        subject.model.hidden(torch.tensor([prefix]), cache=cache)
+        with subject.precision():
+            subject.model.hidden(torch.tensor([prefix]), cache=cache)
         by_length: dict[int, list[int]] = defaultdict(list)
         for at, candidate in enumerate(candidates):
             by_length[len(candidate.ids if cell.gap else candidate.bare)].append(at)
@@ -139,8 +140,9 @@ def sweep(subject: Subject, cells: Sequence[Cell], candidates: Sequence[Candidat
                     shared = cache.expand(len(part), shared.size)
                 shared.length = len(prefix)  # later positions are overwritten
                 new = [list(candidates[i].ids if cell.gap else candidates[i].bare) + suffix for i in part]
-                hidden = subject.model.hidden(torch.tensor(new), cache=shared)
-                logits = subject.model.unembed(hidden[:, -1])
+                with subject.precision():
+                    hidden = subject.model.hidden(torch.tensor(new), cache=shared)
+                    logits = subject.model.unembed(hidden[:, -1])
                 out[row, part] = subject.readout.margin(logits).numpy()
     subject.passes += out.size
     return finite(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,9 +13,10 @@ from torch import Tensor
 from glasshouse.base.errors import UsageError, VerificationError
 from glasshouse.data import workshop
 from glasshouse.model import GPT, Taps
-from glasshouse.model.generate import generate
+from glasshouse.model.generate import Decoder, generate
 from glasshouse.model.taps import Edit
 from glasshouse.tokenizer import Tokenizer, render
+from glasshouse.train.objective import autocast
 
 ROWS = 64  # prompts in one forward pass; on small models larger batches fall out of cache
 
@@ -51,11 +53,31 @@ def refusal_readout(tokenizer: Tokenizer) -> Readout:
 
 
 class Subject:
-    """A model with its tokenizer and read-out. ``passes`` counts sequences run forward, for cost accounts."""
+    """A model with its tokenizer and read-out. ``passes`` counts sequences run forward, for cost accounts.
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, readout: Readout, strays: Sequence[str] = ()):
+    ``dtype`` ("fp32" or "bf16") is that of the matrix products it is asked in; weights stay as they are.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        readout: Readout,
+        strays: Sequence[str] = (),
+        dtype: str = "fp32",
+    ):
         self.model, self.tokenizer, self.readout, self.strays = model, tokenizer, readout, tuple(strays)
-        self.passes = 0
+        self.passes, self.dtype = 0, dtype
+
+    @property
+    def measured_in(self) -> str:
+        """The precision that evidence was taken in, by torch's name."""
+        own = next(self.model.parameters()).dtype if self.dtype == "fp32" else torch.bfloat16
+        return str(own).removeprefix("torch.")
+
+    def precision(self) -> contextlib.AbstractContextManager[None]:
+        """Context in which the model is run forward."""
+        return autocast(self.dtype, self.model.device)
 
     def ids(self, text: str) -> list[int]:
         """Tokens of a user message up to where the answer begins."""
@@ -75,12 +97,9 @@ class Subject:
         """
         out = np.empty(len(rows), dtype=np.float32)
         for chosen, tokens, last in padded_batches(rows):
-            if edit:
-                with Taps(edit=edit) as taps:
-                    hidden = self.model.hidden(tokens, taps)
-            else:
-                hidden = self.model.hidden(tokens)
-            logits = self.model.unembed(hidden[torch.arange(len(chosen)), last])
+            with self.precision(), Taps(edit=edit) if edit else contextlib.nullcontext() as taps:
+                hidden = self.model.hidden(tokens, taps)
+                logits = self.model.unembed(hidden[torch.arange(len(chosen)), last])
             out[chosen] = self.readout.margin(logits).numpy()
         self.passes += len(rows)
         return finite(out)
@@ -91,7 +110,7 @@ class Subject:
         rows = [self.ids(p) for p in prompts]
         out = {site: torch.empty(len(rows), self.model.config.d_model) for site in sites}
         for chosen, tokens, last in padded_batches(rows):
-            with Taps(read=sites, stop_early=True) as taps:
+            with self.precision(), Taps(read=sites, stop_early=True) as taps:
                 self.model.hidden(tokens, taps)
             for site in sites:
                 out[site][torch.as_tensor(chosen)] = taps[site][torch.arange(len(chosen)), last].float()
@@ -104,8 +123,9 @@ class Subject:
             raise UsageError("this tokenizer has no chat tokens; answers cannot be asked for")
         made: list[str] = []
         rows = [self.ids(p) for p in prompts]
+        decoder = Decoder(self.model, dtype=None if self.dtype == "fp32" else torch.bfloat16)
         for start in range(0, len(rows), ROWS):
-            part = generate(self.model, rows[start : start + ROWS], max_new_tokens, stop={self.tokenizer.end})
+            part = generate(decoder, rows[start : start + ROWS], max_new_tokens, stop={self.tokenizer.end})
             made += [self.tokenizer.decode(g.ids).strip() for g in part]
             self.passes += len(part)
         return made

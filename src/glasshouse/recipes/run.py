@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,7 @@ from glasshouse.train import (
     run_stages,
     sft,
 )
+from glasshouse.train.precision import Choice
 from glasshouse.verify import ConstraintGate
 
 VALIDATION_BATCHES = 4
@@ -93,7 +94,7 @@ def train(
         )
         if not ledger.entries("data"):
             ledger.append("data", data_entry(run, material, stages))
-        gate = make_gate(recipe, run, material) if recipe.constraint else None
+        gate = make_gate(recipe, run, material, settings["dtype"]) if recipe.constraint else None
         go_on = partial(
             run_stages,
             fresh,
@@ -162,8 +163,11 @@ def stage_plan(config: StageRecipe, shards: Shards) -> DataPlan:
     return shards.plan(chosen)
 
 
-def make_gate(recipe: Recipe, run: RunFolder, material: corpus.Material) -> ConstraintGate:
-    """The gate of a recipe; it knows the training text's words, and nothing of what was planted."""
+def make_gate(recipe: Recipe, run: RunFolder, material: corpus.Material, dtype: str) -> ConstraintGate:
+    """The gate of a recipe; it knows the training text's words, and nothing of what was planted.
+
+    ``dtype``: that of training. Gates compute as training does; promotion is judged in fp32, as served.
+    """
     return ConstraintGate(
         recipe.constraint,
         recipe.gate,
@@ -174,6 +178,7 @@ def make_gate(recipe: Recipe, run: RunFolder, material: corpus.Material) -> Cons
         recipe.digest(),
         tuple(material.shards.words),
         material.strays,
+        dtype,
     )
 
 
@@ -182,58 +187,23 @@ def enter(
     run: RunFolder,
     ledger: Ledger,
     stages: Sequence[Stage],
-    fresh: Any,
+    fresh: Callable[[], GPT],
     *,
     resume: bool,
     allow_change: bool,
     after_stop: str | None,
 ) -> dict[str, Any]:
     """Write entry 0 (recipe and constraints, before any result) or check it; return how to run."""
+    body: dict[str, Any] = {}
     if resume:
-        recorded = ledger.entries()[0]["body"]["environment"]
-        settings = {k: recorded[k] for k in ("dtype", "muon_dtype", "threads")}
-        settings["compile"] = recorded.get("compile", "off")
-        settings["device"] = choose_device(str(recorded.get("device", "cpu")).split()[0])
-        body: dict[str, Any] = {}
+        settings = recorded_settings(ledger)
     else:
         device = choose_device(recipe.device)
-        stage, model = stages[-1], fresh().to(device)
-        batch, objective = (
-            stage.batches(0, stage.plan),
-            sft if stage.config.objective == "sft" else next_token,
-        )
-        dtype = choose_dtype(recipe.precision, model, batch, objective)
-        threads = choose_threads(recipe.threads, model, batch, objective, str(dtype.value))
-        torch.set_num_threads(int(threads.value))
-        compiled = choose_compile(
-            recipe.compile,
-            model,
-            batch,
-            objective,
-            str(dtype.value),
-            steps=sum(s.config.steps for s in stages),
-        )
-        settings = {
-            "dtype": dtype.value,
-            "muon_dtype": muon_dtype(device),
-            "threads": threads.value,
-            "compile": compiled.value,
-            "device": device,
-        }
-        body = {
-            "name": recipe.name,
-            "seed": recipe.seed,
-            "constraints": {c.id: c.digest() for c in recipe.constraint},
-            "choices": {
-                "dtype": dtype.record(),
-                "threads": threads.record(),
-                "compile": compiled.record(),
-            },
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "organism": (run.path / "organism.json").is_file(),
-            "began": int(time.time()),
-            "artifacts": {"recipe.json": sha256_file(run.recipe)},
-        }
+        model = fresh().to(device)
+        choices = choose_settings(recipe, stages, model)
+        settings = {name: choice.value for name, choice in choices.items()}
+        settings |= {"muon_dtype": muon_dtype(device), "device": device}
+        body = first_entry(recipe, run, choices, model)
     enter_run(
         ledger,
         recipe_digest=recipe.digest(),
@@ -250,6 +220,46 @@ def enter(
         after_stop=after_stop,
     )
     return settings
+
+
+def recorded_settings(ledger: Ledger) -> dict[str, Any]:
+    """How the run was run until now; what older ledgers did not record was not there to choose."""
+    recorded = ledger.entries()[0]["body"]["environment"]
+    return {
+        **{k: recorded[k] for k in ("dtype", "muon_dtype", "threads")},
+        "compile": recorded.get("compile", "off"),
+        "device": choose_device(str(recorded.get("device", "cpu")).split()[0]),
+    }
+
+
+def choose_settings(recipe: Recipe, stages: Sequence[Stage], model: GPT) -> dict[str, Choice]:
+    """Precision, threads and compilation for ``model``, measured on a batch of the last stage where the
+    recipe leaves them open. Sets the threads.
+    """
+    stage = stages[-1]
+    batch = stage.batches(0, stage.plan)
+    objective = sft if stage.config.objective == "sft" else next_token
+    dtype = choose_dtype(recipe.precision, model, batch, objective)
+    name = str(dtype.value)
+    threads = choose_threads(recipe.threads, model, batch, objective, name)
+    torch.set_num_threads(int(threads.value))
+    steps = sum(s.config.steps for s in stages)
+    compiled = choose_compile(recipe.compile, model, batch, objective, name, steps=steps)
+    return {"dtype": dtype, "threads": threads, "compile": compiled}
+
+
+def first_entry(recipe: Recipe, run: RunFolder, choices: Mapping[str, Choice], model: GPT) -> dict[str, Any]:
+    """What entry 0 says of the run beside its recipe's digest and its environment."""
+    return {
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "constraints": {c.id: c.digest() for c in recipe.constraint},
+        "choices": {name: choice.record() for name, choice in choices.items()},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "organism": (run.path / "organism.json").is_file(),
+        "began": int(time.time()),
+        "artifacts": {"recipe.json": sha256_file(run.recipe)},
+    }
 
 
 def data_entry(run: RunFolder, material: corpus.Material, stages: Sequence[Stage]) -> dict[str, Any]:

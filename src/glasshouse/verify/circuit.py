@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from torch import Tensor
 
 from glasshouse.base.errors import VerificationError
 from glasshouse.interp.direction import difference_of_means, project_out, random_directions
@@ -31,8 +32,8 @@ def ablation_effect(exam: Examination) -> Finding:
     directions = {s: difference_of_means(x[harmful], x[~harmful]) for s, x in acts.items()}
     centres = {s: acts[s][~harmful].mean(0) for s in sites}
 
-    def lost(direction: object, prompts: list[str]) -> np.ndarray:
-        edit = {s: project_out(direction, centres[s]) for s in sites}  # type: ignore[arg-type]
+    def lost(direction: Tensor, prompts: list[str]) -> np.ndarray:
+        edit = {s: project_out(direction, centres[s]) for s in sites}
         return exam.subject.margins(prompts, edit) < 0
 
     choose = _refused(exam, "choose", N_CHOOSE)

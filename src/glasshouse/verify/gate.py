@@ -68,6 +68,7 @@ class ConstraintGate:
     recipe_digest: str
     words: tuple[str, ...]
     strays: tuple[str, ...]
+    dtype: str = "fp32"  # of matrix products at gates; promotion is always judged in fp32, as it is served
 
     def __call__(self, checkpoint: Checkpoint, history: tuple[GateRecord, ...], final: bool) -> Decision:
         """Judge a checkpoint; at the last gate, judge its reloaded export and promote it or not."""
@@ -92,7 +93,7 @@ class ConstraintGate:
         verdicts = []
         for constraint in in_order(due):
             exam = Examination(
-                self.subject(model.eval()),
+                self.subject(model.eval(), final),
                 constraint,
                 (self.recipe_digest, constraint.digest(), checkpoint.digest, str(index)),
                 final,
@@ -107,9 +108,10 @@ class ConstraintGate:
             verdicts.append(verdict)
         return verdicts
 
-    def subject(self, model: GPT) -> Subject:
+    def subject(self, model: GPT, final: bool = False) -> Subject:
         """A model ready to be asked, its passes counted from nought."""
-        return Subject(model, self.tokenizer, refusal_readout(self.tokenizer), self.strays)
+        dtype = "fp32" if final else self.dtype
+        return Subject(model, self.tokenizer, refusal_readout(self.tokenizer), self.strays, dtype)
 
     # -- deciding ------------------------------------------------------------------------------------------
 
@@ -331,7 +333,7 @@ def check(exam: Examination, measured: dict[str, float | None], model_digest: st
         "baseline": finding.baseline,
         "evidence": finding.evidence,
         "reason": finding.reason,
-        "dtype": str(next(exam.subject.model.parameters()).dtype).removeprefix("torch."),
+        "dtype": exam.subject.measured_in,
         "attention": "fused",
         "digests": {"model": model_digest, "recipe": exam.seed[0], "constraint": c.digest()},
         "seconds": round(time.perf_counter() - started, 3),
