@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glasshouse.model.aliases import Aliases, aliases
 from glasshouse.model.attend import Rule, attend, attention_pattern, causal_mask
 from glasshouse.model.config import GPTConfig, RopeScaling
 from glasshouse.model.norm import RMSNorm, make_norm
@@ -88,7 +89,18 @@ def rotate(x_BHTK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def project(x: Tensor, q: nn.Linear, k: nn.Linear, v: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values [..., out] of one input."""
+    if torch.compiler.is_compiling() and type(q) is nn.Linear:  # not where the product is another, as in FP8
+        return project_at_once(x, q, k, v)
     return q(x), k(x), v(x)
+
+
+def project_at_once(x: Tensor, q: nn.Linear, k: nn.Linear, v: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by one product with the three matrices under each other: larger products are faster."""
+    weight = torch.cat((q.weight, k.weight, v.weight))
+    bias = None if q.bias is None else torch.cat((q.bias, k.bias, v.bias))
+    made = F.linear(x, weight, bias)
+    queries, keys, values = made.split((q.out_features, k.out_features, v.out_features), dim=-1)
+    return queries, keys, values
 
 
 class Attention(nn.Module):
@@ -265,6 +277,10 @@ class GPT(nn.Module):
         blocks = [f"blocks.{i}.{site}" for i in range(self.config.n_layer) for site in BLOCK_SITES]
         return ["embed", *blocks, "final_norm"]
 
+    def hook_names(self) -> Aliases:
+        """TransformerLens names of these sites, and why the others have none."""
+        return aliases(self.config)
+
     def forward(
         self,
         tokens_BT: Tensor,
@@ -296,7 +312,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """The normed residual stream before the head [batch, pos, d_model]; arguments as in ``forward``."""
         if taps is not None:
-            taps.check(self.sites())
+            taps.check(self.sites(), self.hook_names)
         T, past = tokens_BT.shape[1], cache.length if cache is not None else 0
         if past + T > self.config.context:
             raise ValueError(f"{past + T} positions exceed the model's context of {self.config.context}")
@@ -309,9 +325,11 @@ class GPT(nn.Module):
         full, local = self.where(T, past, positions_BT, mask)
         x = taps("embed", x) if taps is not None else x
         for block in self.blocks:
-            x = self.run_block(block, x, local if block.windowed else full, taps, cache)
             if taps is not None and taps.done:
                 return x
+            x = self.run_block(block, x, local if block.windowed else full, taps, cache)
+        if taps is not None and taps.done:
+            return x
         if cache is not None:
             cache.length += T
         x = self.norm(x)
