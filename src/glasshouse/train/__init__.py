@@ -9,6 +9,7 @@ from glasshouse.train.loop import Outcome, Settings, run_stages
 from glasshouse.train.objective import Loss, evaluate, next_token, sft
 from glasshouse.train.precision import choose_compile, choose_device, choose_dtype, choose_threads, muon_dtype
 from glasshouse.train.progress import Progress, make_progress
+from glasshouse.train.trainee import Trainee
 
 __all__ = [
     "Checkpoint",
@@ -22,6 +23,7 @@ __all__ = [
     "Settings",
     "Stage",
     "StageConfig",
+    "Trainee",
     "check_environment",
     "choose_compile",
     "choose_device",

@@ -19,18 +19,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from glasshouse.base.atomic import atomic_dir, disk_errors, sweep_temporaries
 from glasshouse.base.canonical import canonical_json
-from glasshouse.base.config import parse
+from glasshouse.base.config import Frozen, parse
 from glasshouse.base.crash import crash_point
 from glasshouse.base.digest import digest_of, sha256_bytes, sha256_file
 from glasshouse.base.errors import CheckpointError
@@ -49,37 +49,37 @@ def checkpoint_name(stage: str, step: int, attempt: int) -> str:
     return f"{stage}-{step:06d}.{attempt}"
 
 
-def weights(model: GPT) -> dict[str, Tensor]:
+def weights(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, each shared one once, contiguous, detached, on the CPU."""
-    stored = dict(model.named_parameters())
+    stored: dict[str, Tensor] = dict(model.named_parameters())
     persistent = model.state_dict(keep_vars=True)
-    stored |= {name: b for name, b in model.named_buffers() if name in persistent}  # type: ignore[misc]
+    stored |= {name: b for name, b in model.named_buffers() if name in persistent}
     return {name: t.detach().cpu().contiguous() for name, t in stored.items()}
 
 
 def write_checkpoint(
     run: RunFolder,
     name: str,
-    model: GPT,
+    model: Any,
     optimizers: Optimizers | None,
     tokenizer_file: Path | None,
     state: Mapping[str, Any],
     detector: Detector | None = None,
+    write: Callable[[Any, Path], None] | None = None,
 ) -> dict[str, str]:
     """Write the folder (not the ledger) and return its artifacts: path within the run -> SHA-256.
+
+    ``write`` stores the model as files in the folder; None: as a GPT.
 
     Equal states give equal bytes, hence equal digests. Raises DiskError when the disk is full: nothing is
     left behind then, and everything saved before is untouched.
     """
     final = run.checkpoints / name
     with disk_errors(final), atomic_dir(final) as folder:
-        _write_tensors(folder / "model.safetensors", weights(model))
+        (write or write_gpt)(model, folder)
         _write_tensors(folder / "optimizer.safetensors", optimizers.state_tensors() if optimizers else {})
         if detector is not None:
             _write_tensors(folder / "window.safetensors", detector.state())
-        (folder / "config.json").write_text(
-            json.dumps(model.config.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
-        )
         if tokenizer_file is not None:
             shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
         groups = optimizers.scalars() if optimizers else []
@@ -90,6 +90,22 @@ def write_checkpoint(
         crash_point("checkpoint.before-rename")
     crash_point("checkpoint.after-rename")
     return artifacts
+
+
+def write_gpt(model: GPT, folder: Path) -> None:
+    """A GPT's files in a checkpoint: ``model.safetensors`` and ``config.json``."""
+    _write_tensors(folder / "model.safetensors", weights(model))
+    write_config(folder / "config.json", model.config)
+
+
+def write_config(path: Path, config: Frozen) -> None:
+    """Write ``config`` as JSON: sorted keys, for people."""
+    path.write_text(json.dumps(config.model_dump(mode="json"), indent=2, sort_keys=True) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write ``tensors`` as a safetensors file of a checkpoint; for a `Trainee`."""
+    _write_tensors(path, tensors)
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -152,17 +168,21 @@ def load_weights(checkpoint: Checkpoint, model: GPT | None = None) -> GPT:
 
     Raises CheckpointError when bytes, names, shapes or dtypes differ, or a weight is not finite.
     """
-    return _weights_into(checkpoint, read_checked(checkpoint), model)
+    return gpt_into(checkpoint, read_checked(checkpoint), model)
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint, model: GPT, optimizers: Optimizers | None, detector: Detector | None = None
+    checkpoint: Checkpoint,
+    model: Any,
+    optimizers: Optimizers | None,
+    detector: Detector | None = None,
+    read: Callable[[Checkpoint, Mapping[str, bytes], Any], Any] | None = None,
 ) -> dict[str, Any]:
     """Restore weights, and optimisers and detector if given, in place; return state.json. Raises
-    CheckpointError.
+    CheckpointError. ``read`` brings the model back from the files' contents; None: a GPT.
     """
     contents = read_checked(checkpoint)
-    _weights_into(checkpoint, contents, model)
+    (read or gpt_into)(checkpoint, contents, model)
     state: dict[str, Any] = json.loads(contents["state.json"])
     if optimizers is not None:
         where = str(checkpoint.path / "optimizer.safetensors")
@@ -171,14 +191,15 @@ def load_checkpoint(
                 f"{checkpoint.path / 'state.json'}: written with other optimiser groups; "
                 "resume with the recipe that wrote it"
             )
-        optimizers.load(_tensors(contents["optimizer.safetensors"], where), where)
+        optimizers.load(read_tensors(contents["optimizer.safetensors"], where), where)
     if detector is not None:
         where = str(checkpoint.path / "window.safetensors")
-        detector.load(_tensors(contents["window.safetensors"], where), where)
+        detector.load(read_tensors(contents["window.safetensors"], where), where)
     return state
 
 
-def _weights_into(checkpoint: Checkpoint, contents: Mapping[str, bytes], model: GPT | None) -> GPT:
+def gpt_into(checkpoint: Checkpoint, contents: Mapping[str, bytes], model: GPT | None) -> GPT:
+    """What `write_gpt` stored, into ``model`` or a new one; raises as `load_weights` does."""
     where = checkpoint.path / "model.safetensors"
     config = parse(GPTConfig, json.loads(contents["config.json"]), str(checkpoint.path / "config.json"))
     if model is None:
@@ -187,7 +208,15 @@ def _weights_into(checkpoint: Checkpoint, contents: Mapping[str, bytes], model: 
         raise CheckpointError(
             f"{checkpoint.path / 'config.json'}: another model than the recipe's; resume with that recipe"
         )
-    found, expected = _tensors(contents["model.safetensors"], str(where)), weights(model)
+    weights_into(model, contents["model.safetensors"], str(where))
+    return model
+
+
+def weights_into(model: nn.Module, data: bytes, where: str) -> None:
+    """Copy a safetensors file's `weights` into ``model``. CheckpointError when names, shapes or dtypes differ
+    or a value is not finite.
+    """
+    found, expected = read_tensors(data, where), weights(model)
     for name in sorted(expected.keys() | found.keys()):
         if name not in found or name not in expected:
             raise CheckpointError(
@@ -199,16 +228,16 @@ def _weights_into(checkpoint: Checkpoint, contents: Mapping[str, bytes], model: 
                 f"{where}: weight '{name}' is {got.dtype} {list(got.shape)}, "
                 f"expected {want.dtype} {list(want.shape)}"
             )
-        if not torch.isfinite(got).all():
+        if got.is_floating_point() and not torch.isfinite(got).all():
             raise CheckpointError(f"{where}: weight '{name}' has values that are not finite")
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name in found:
                 tensor.copy_(found[name])
-    return model
 
 
-def _tensors(data: bytes, where: str) -> dict[str, Tensor]:
+def read_tensors(data: bytes, where: str) -> dict[str, Tensor]:
+    """Parse a safetensors file. Raises CheckpointError if it is none."""
     try:
         return safetensors.torch.load(data)
     except safetensors.SafetensorError as error:

@@ -8,10 +8,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from glasshouse.base.batch import Batch
 from glasshouse.base.config import Frozen
 from glasshouse.base.plan import DataPlan
-from glasshouse.model import GPT
 
 
 class StageConfig(Frozen):
@@ -20,7 +18,7 @@ class StageConfig(Frozen):
     """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*(-[a-z0-9_]+)*$", description="also names its checkpoints")
-    objective: Literal["next_token", "sft"] = "next_token"
+    objective: Literal["next_token", "sft", "dictionary"] = "next_token"
     steps: int = Field(ge=1, description="updates")
     batch_size: int = Field(ge=1, description="rows in a batch")
     accumulate: int = Field(1, ge=1, description="micro-batches that an update's rows go through in")
@@ -77,15 +75,16 @@ class StageConfig(Frozen):
 class Stage:
     """A stage ready to run.
 
-    ``batches(step, plan)`` is a pure function: the same step and plan give the same batch, for ever.
+    ``batches(step, plan)`` is a pure function: the same step and plan give the same batch, for ever; a
+    `Batch` for a GPT, what the `Trainee` understands for another module.
     ``validate(model)`` returns one row, or several, of numbers for metrics.jsonl ({"set", "loss", "bpb",
     ...}).
     """
 
     config: StageConfig
-    batches: Callable[[int, DataPlan], Batch]
+    batches: Callable[[int, DataPlan], Any]
     plan: DataPlan
-    validate: Callable[[GPT], dict[str, Any] | Sequence[dict[str, Any]]] | None = None
+    validate: Callable[[Any], dict[str, Any] | Sequence[dict[str, Any]]] | None = None
 
     @property
     def name(self) -> str:

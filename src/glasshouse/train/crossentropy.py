@@ -9,6 +9,7 @@ Shape legend: M targets, D d_model, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,9 +51,7 @@ def linear_cross_entropy(
     device = hidden_MD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_MD.dtype
     with torch.autocast(device, enabled=False):
-        total, nats, square = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden_MD, head_VD, targets_M, weight_M, softcap, z_loss, dtype
-        )
+        total, nats, square = _in_pieces(hidden_MD, head_VD, targets_M, weight_M, softcap, z_loss, dtype)
     return total, nats.detach(), square.detach()
 
 
@@ -92,6 +91,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden, d_head = ctx.saved_tensors
         scale = grads[0]
         return d_hidden * scale.to(d_hidden.dtype), d_head * scale, None, None, None, None, None
+
+
+_in_pieces: Callable[..., tuple[Tensor, Tensor, Tensor]] = _LinearCrossEntropy.apply
 
 
 def _visit(

@@ -7,7 +7,6 @@ a batch is a function of (step, plan), the rate of the step, and nothing is rand
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from glasshouse.base.crash import crash_point
 from glasshouse.base.errors import CheckpointError, Interrupted, Stopped, UsageError
 from glasshouse.base.ledger import Ledger
 from glasshouse.base.run import RunFolder
-from glasshouse.model import GPT
-from glasshouse.model.compiled import compile_blocks, is_compiled
-from glasshouse.model.float8 import use_float8, uses_float8
 from glasshouse.train import checkpoint as saving
 from glasshouse.train.allocator import keep_freed_memory
 from glasshouse.train.config import Stage
@@ -31,10 +28,12 @@ from glasshouse.train.decisions import decision_body, history
 from glasshouse.train.fold import Position, position
 from glasshouse.train.gate import Checkpoint, Gate, ask
 from glasshouse.train.metrics import MetricsLog
-from glasshouse.train.objective import OBJECTIVES, Objective, autocast, bits_per_byte
+from glasshouse.train.objective import OBJECTIVES, Objective, autocast
 from glasshouse.train.progress import Progress
 from glasshouse.train.signals import Signals
 from glasshouse.train.stability import REWIND_STEPS
+from glasshouse.train.step import device_of
+from glasshouse.train.trainee import LANGUAGE, Trainee
 from glasshouse.train.update import Done, Updater
 
 MOST_INCIDENTS = 64  # spikes that one ledger entry lists; the metrics have all
@@ -67,7 +66,7 @@ class Outcome:
 
 
 def run_stages(
-    model: Callable[[], GPT],
+    model: Callable[[], nn.Module],
     stages: Sequence[Stage],
     *,
     run: RunFolder,
@@ -79,10 +78,12 @@ def run_stages(
     resume: bool = False,
     progress: Progress | None = None,
     objectives: dict[str, Objective] | None = None,
+    trainee: Trainee = LANGUAGE,
 ) -> Outcome:
     """Train through ``stages`` in order, from wherever the ledger says the run is; return how it ended.
 
-    ``model()`` builds the initial model, the same one on every call (`GPT(config).init_weights(seed)`). The
+    ``model()`` builds the initial model, the same one on every call (`GPT(config).init_weights(seed)`);
+    ``trainee`` says how it trains if it is no GPT, and ``objectives`` adds to `OBJECTIVES` by name. The
     caller holds ``run.lock()`` and has written or checked the ledger's "run" entry (`identity.enter_run`).
     Raises Stopped (the gate, a spike, or too many rollbacks ask for a person), Interrupted (Ctrl-C; a
     checkpoint was saved), TrainingError (updates in a row not finite, out of memory), CheckpointError,
@@ -101,8 +102,10 @@ def run_stages(
             model().to(settings.device), tuple(stages), run.create(), ledger, gate, seed, settings, signals
         )
         running.tokenizer_file, running.progress = tokenizer_file, progress or Progress()
-        running.objectives = {**OBJECTIVES, **(objectives or {})}
+        running.objectives, running.trainee = {**OBJECTIVES, **(objectives or {})}, trainee
         try:
+            for stage in stages:
+                running.objective(stage)  # before anything is trained
             return running.to_the_end()
         except KeyboardInterrupt:
             raise running.interrupted() from None
@@ -114,7 +117,7 @@ def run_stages(
 class _Run:
     """The working parts. Nothing here outlives the process; what must is in checkpoints and ledger."""
 
-    model: GPT
+    model: Any
     stages: tuple[Stage, ...]
     run: RunFolder
     ledger: Ledger
@@ -125,6 +128,7 @@ class _Run:
     tokenizer_file: Path | None = None
     progress: Progress = field(default_factory=Progress)
     objectives: dict[str, Objective] = field(default_factory=dict)
+    trainee: Trainee = LANGUAGE
     updates: Updater | None = None
     live: str | None = None  # the checkpoint whose state model and updates come from; None: not loaded yet
     incidents: list[dict[str, Any]] = field(default_factory=list)  # spikes since then
@@ -199,7 +203,7 @@ class _Run:
                     spent, started = time.perf_counter() - started, time.perf_counter()
                     speed = {"tokens_per_s": round(tokens / spent, 1)}
                     speed["seconds_per_step"] = spent / (step - since)
-                    self.log(self.row(at, "train", index, step, update) | _train_numbers(done) | speed)
+                    self.log(self.row(at, "train", index, step, update) | self.numbers(done) | speed)
                     since, tokens = step, 0.0
             if ends or (config.val_every and step % config.val_every == 0):
                 paused = time.perf_counter()
@@ -256,26 +260,16 @@ class _Run:
             return head.stage_index + 1, 0
         return head.stage_index, head.step
 
-    def prepared(self) -> GPT:
-        """The model as updates run it: the same weights, through faster blocks if the settings say so."""
-        if self.settings.dtype == "fp8" and not uses_float8(self.model):
-            use_float8(self.model)
-        if self.settings.compile == "on" and not is_compiled(self.model):
-            compile_blocks(self.model)
-        return self.model
-
     def ready(self, at: Position, index: int, step: int) -> Updater:
         """Bring model, optimisers and detector to the head's state, unless they hold it. They are new in a
         new stage.
         """
         resumed, rolled_back = self.live is None, self.live not in (None, at.head)
         if step == 0 or self.updates is None or self.live != at.head:
-            stage = self.stages[index]
-            objective = self.objectives[stage.config.objective]
-            if stage.config.z_loss:
-                objective = partial(objective, z_loss=stage.config.z_loss)  # type: ignore[call-arg]
+            stage, settings = self.stages[index], self.settings
+            self.trainee.prepare(self.model, settings.dtype, settings.compile)
             self.updates = Updater(
-                self.prepared(), stage, objective, self.settings.dtype, self.settings.muon_dtype
+                self.model, stage, self.objective(stage), settings.dtype, settings.muon_dtype, self.trainee
             )
         if resumed or rolled_back:
             kind = "rollback" if rolled_back else "resume"
@@ -288,11 +282,25 @@ class _Run:
                 self.model,
                 updates.optimizers if updates else None,
                 updates.detector if updates else None,
+                self.trainee.read,
             )
             self.live = at.head
             crash_point(f"{kind}.after-load")
         self.model.train()
         return self.updates
+
+    def objective(self, stage: Stage) -> Objective:
+        """The stage's objective. UsageError if nobody supplied it."""
+        name = stage.config.objective
+        if name not in self.objectives:
+            raise UsageError(
+                f"stage '{stage.name}': objective '{name}' is none of {', '.join(sorted(self.objectives))}; "
+                "whoever trains with it passes it to run_stages(objectives=...)"
+            )
+        objective = self.objectives[name]
+        if stage.config.z_loss:
+            objective = partial(objective, z_loss=stage.config.z_loss)  # type: ignore[call-arg]
+        return objective
 
     def check_plan(self, at: Position, head: Checkpoint) -> None:
         """The batches of a resumed run must be those that the ledger promised. A rolled-back head's plan
@@ -315,7 +323,7 @@ class _Run:
         if stage.validate is None:
             return
         self.model.eval()
-        with torch.no_grad(), autocast(self.settings.dtype, self.model.device):
+        with torch.no_grad(), autocast(self.settings.dtype, device_of(self.model)):
             found = stage.validate(self.model)
         self.model.train()
         for numbers in [found] if isinstance(found, dict) else found:
@@ -349,6 +357,7 @@ class _Run:
             self.tokenizer_file,
             {**place, "plan": plan, "seed": self.seed},
             self.updates.detector if self.updates else None,
+            self.trainee.write,
         )
         body = {
             **place,
@@ -414,11 +423,11 @@ class _Run:
         self.metrics.append(row)
         self.progress.row(row)
 
-
-def _train_numbers(done: Done) -> dict[str, Any]:
-    loss = done.loss
-    bpb = bits_per_byte(loss.metrics.get("nats", math.nan), loss.metrics.get("n_bytes", 0))
-    numbers = {"loss": float(loss.total.detach()), "bpb": bpb, "lr": done.lr, "grad_norm": done.norm}
-    if len(loss.parts) > 1:
-        numbers |= {f"loss/{name}": float(value.detach()) for name, value in loss.parts.items()}
-    return numbers
+    def numbers(self, done: Done) -> dict[str, Any]:
+        """A row's numbers of one update."""
+        loss = done.loss
+        numbers = {"loss": float(loss.total.detach()), **self.trainee.numbers(loss)}
+        numbers |= {"lr": done.lr, "grad_norm": done.norm}
+        if len(loss.parts) > 1:
+            numbers |= {f"loss/{name}": float(value.detach()) for name, value in loss.parts.items()}
+        return numbers

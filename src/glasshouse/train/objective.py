@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,8 @@ class TensorBatch:
     shards: tuple[str, ...] = ()
 
 
-Objective = Callable[[GPT, TensorBatch], Loss]
+# Of a module and what its `Trainee` makes of a batch; those in this file: of a GPT and a TensorBatch.
+Objective = Callable[[Any, Any], Loss]
 
 
 def tensors(batch: Batch, device: torch.device | None = None) -> TensorBatch:

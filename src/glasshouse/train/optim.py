@@ -13,7 +13,7 @@ State goes to flat tensors (safetensors), never through pickle.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,13 +31,18 @@ NEWTON_SCHULZ_STEPS = 5
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that share an optimiser, a peak learning rate and a weight decay."""
+    """Parameters that share an optimiser, a peak learning rate and a weight decay.
+
+    Gradients of all groups with the same ``clipped_with`` are clipped by their common norm: modules that
+    train side by side and have nothing to do with each other are clipped apart.
+    """
 
     name: str
     optimizer: str  # "muon" | "adamw"
     lr: float
     weight_decay: float
     parameters: tuple[tuple[str, nn.Parameter], ...]
+    clipped_with: str = ""
 
 
 def parameter_groups(model: nn.Module, config: StageConfig) -> list[Group]:
@@ -132,10 +137,16 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizers:
-    """The optimisers of one stage, stepped together."""
+    """The optimisers of one stage, stepped together. ``groups``: None for those of a GPT."""
 
-    def __init__(self, model: nn.Module, config: StageConfig, muon_dtype: str = "fp32"):
-        self.groups = parameter_groups(model, config)
+    def __init__(
+        self,
+        model: nn.Module,
+        config: StageConfig,
+        muon_dtype: str = "fp32",
+        groups: Sequence[Group] | None = None,
+    ):
+        self.groups = parameter_groups(model, config) if groups is None else list(groups)
         self.clip_norm = config.clip_norm
         self._named = {name: p for group in self.groups for name, p in group.parameters}
         self.average = TailAverage(self._named, config.steps, config.average_share)
@@ -177,10 +188,31 @@ class Optimizers:
         NaN). ``norm``: that norm, where it is known already.
         """
         norm = math.hypot(*self.norms()) if norm is None else norm
-        if self.clip_norm is not None and norm > self.clip_norm:
-            gradients = [p.grad for p in self._named.values() if p.grad is not None]
-            torch._foreach_mul_(gradients, self.clip_norm / (norm + 1e-6))
+        if self.clip_norm is None or not norm > self.clip_norm:
+            return norm  # no part of it can be longer
+        if len({group.clipped_with for group in self.groups}) == 1:
+            self._shorten([p for p in self._named.values() if p.grad is not None], norm)
+            return norm
+        apart: dict[str, list[nn.Parameter]] = {}
+        for group in self.groups:
+            apart.setdefault(group.clipped_with, []).extend(p for _, p in group.parameters)
+        for parameters in apart.values():
+            present = [p for p in parameters if p.grad is not None]
+            norms = torch._foreach_norm([p.grad for p in present if p.grad is not None])
+            part = math.hypot(*torch.stack([n.float() for n in norms]).tolist()) if norms else 0.0
+            if part > self.clip_norm:
+                self._shorten(present, part)
         return norm
+
+    def _shorten(self, parameters: list[nn.Parameter], norm: float) -> None:
+        assert self.clip_norm is not None
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        torch._foreach_mul_(gradients, self.clip_norm / (norm + 1e-6))
+
+    @property
+    def inner(self) -> tuple[torch.optim.Optimizer, ...]:
+        """The optimiser of each group, whose state may be changed between updates."""
+        return tuple(self._inner)
 
     def step(self, lr_factor: float) -> None:
         """Update all parameters with every group's peak rate times ``lr_factor``."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from glasshouse.base.batch import Batch
 from glasshouse.base.errors import DataError
@@ -37,6 +37,11 @@ def checked(batch: Batch, model: GPT, where: str) -> TensorBatch:
             f"{batch.tokens.shape[1]} in a new run"
         )
     return tensors(batch, model.device)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the first parameter is."""
+    return next(model.parameters()).device
 
 
 @contextmanager
@@ -71,15 +76,18 @@ def pieces(batch: TensorBatch, n: int) -> Iterator[tuple[TensorBatch, float]]:
             yield TensorBatch(batch.tokens[part], batch.targets[part], weight, 0, batch.shards), share
 
 
-def backward(model: GPT, objective: Objective, batch: TensorBatch, dtype: str, accumulate: int = 1) -> Loss:
+def backward(
+    model: nn.Module, objective: Objective, batch: TensorBatch, dtype: str, accumulate: int = 1
+) -> Loss:
     """Add the gradient of the mean loss over ``batch`` to the parameters' ``.grad``; return the loss.
 
     With ``accumulate`` > 1 the rows go through in so many micro-batches, and memory for activations shrinks
     by as much; the gradient is that of the whole batch, because every piece counts by its targets. Stops
     before the backward pass of a loss that is not finite.
     """
+    device = device_of(model)
     if accumulate == 1:
-        with autocast(dtype, model.device):
+        with autocast(dtype, device):
             loss = objective(model, batch)
         if math.isfinite(float(loss.total.detach())):
             loss.total.backward()  # type: ignore[no-untyped-call]
@@ -88,7 +96,7 @@ def backward(model: GPT, objective: Objective, batch: TensorBatch, dtype: str, a
     parts: dict[str, Tensor] = {}
     metrics: dict[str, float] = {}
     for piece, share in pieces(batch, accumulate):
-        with autocast(dtype, model.device):
+        with autocast(dtype, device):
             loss = objective(model, piece)
         scaled = loss.total * share
         total = scaled.detach() if total is None else total + scaled.detach()

@@ -11,17 +11,18 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import nn
+
 from glasshouse.base.errors import TrainingError
 from glasshouse.base.plan import DataPlan
-from glasshouse.model import GPT
 from glasshouse.train import memory
 from glasshouse.train.config import Stage
-from glasshouse.train.monitor import Monitor
-from glasshouse.train.objective import Loss, Objective, TensorBatch
+from glasshouse.train.objective import Loss, Objective
 from glasshouse.train.optim import Optimizers
 from glasshouse.train.schedule import warmup_stable_decay
 from glasshouse.train.stability import NOT_FINITE_IN_A_ROW, WINDOW, Detector, Spike, broken
-from glasshouse.train.step import backward, checked
+from glasshouse.train.step import backward, device_of
+from glasshouse.train.trainee import LANGUAGE, Trainee
 
 Action = Literal["apply", "skip", "rewind", "stop"]
 
@@ -43,9 +44,18 @@ class Done:
 class Updater:
     """The updates of one stage. Optimisers and detector are its state; both are part of a checkpoint."""
 
-    def __init__(self, model: GPT, stage: Stage, objective: Objective, dtype: str, muon_dtype: str):
+    def __init__(
+        self,
+        model: nn.Module,
+        stage: Stage,
+        objective: Objective,
+        dtype: str,
+        muon_dtype: str,
+        trainee: Trainee = LANGUAGE,
+    ):
         self.model, self.stage, self.objective, self.dtype = model, stage, objective, dtype
-        self.optimizers = Optimizers(model, stage.config, muon_dtype)
+        self.trainee = trainee
+        self.optimizers = Optimizers(model, stage.config, muon_dtype, trainee.groups(model, stage.config))
         self.detector = Detector(self.optimizers.names)
         self.asked = False  # whether there is room
         self.room: int | None = None  # bytes for activations
@@ -60,7 +70,7 @@ class Updater:
         if phase.from_step == step:
             self.detector.forget()
         batch = self.stage.batches(step, plan)
-        rows = checked(batch, self.model, self._at(step))
+        rows = self.trainee.batch(batch, self.model, self._at(step))
         try:
             self._fit(rows)
             return self._update(step, rows, good)
@@ -76,11 +86,13 @@ class Updater:
     def _at(self, step: int) -> str:
         return f"stage '{self.stage.name}', step {step}"
 
-    def _update(self, step: int, batch: TensorBatch, good: str | None) -> Done:
+    def _update(self, step: int, batch: Any, good: str | None) -> Done:
         config, optimizers = self.stage.config, self.optimizers
         optimizers.zero_grad()
         loss = backward(self.model, self.objective, batch, self.dtype, config.accumulate)
         value = float(loss.total.detach())
+        if math.isfinite(value):
+            self.trainee.after_backward(self.model)
         norms = optimizers.norms() if math.isfinite(value) else []
         norm = math.hypot(*norms) if norms else math.nan
         spike = self.detector.look(value, norms)
@@ -95,11 +107,12 @@ class Updater:
         )
         seen: dict[str, Any] | None = None
         if action == "apply":
-            monitor = Monitor(self.model) if self._due(step) else None
+            monitor = self.trainee.look(self.model) if self._due(step) else None
             if monitor is not None:
                 monitor.before(self.objective, batch, self.dtype, norm, config.accumulate)
             optimizers.clip(norm)
             optimizers.step(factor)
+            self.trainee.after_update(self.model, optimizers, batch, loss, step)
             seen = monitor.after() if monitor is not None else None
         lr = optimizers.groups[0].lr * factor
         return Done(loss, norm, lr, batch.shards, spike, action, reason, seen)
@@ -108,9 +121,7 @@ class Updater:
         every = self.stage.config.monitor_every
         return every > 0 and (step + 1) % every == 0
 
-    def _judge(
-        self, spike: Spike | None, step: int, batch: TensorBatch, good: str | None
-    ) -> tuple[Action, str]:
+    def _judge(self, spike: Spike | None, step: int, batch: Any, good: str | None) -> tuple[Action, str]:
         """What to do about ``spike``, and why in words."""
         config, detector = self.stage.config, self.detector
         if spike is None or (spike.finite and config.on_spike == "log"):
@@ -140,34 +151,38 @@ class Updater:
 
     # -- memory --------------------------------------------------------------------------------------------
 
-    def _fit(self, batch: TensorBatch) -> None:
+    def _fit(self, batch: Any) -> None:
         """Before the first step, note how much room there is: a process keeps what it freed, so afterwards
         the system's word says little. Refuse what cannot fit at all: Linux does not refuse memory, it kills.
         """
         if self.asked:
             return
         self.asked = True
-        available = memory.available_bytes(self.model.device)
+        available = memory.available_bytes(device_of(self.model))
         if available is None:
             return
         if not self.optimizers.state_tensors():  # gradients and two moments are still to come
             available -= 3 * sum(p.nbytes for p in self.model.parameters())
         self.room = max(0, available)
-        need = memory.need(self.model, self.objective, batch, self.dtype)
+        need = self.trainee.need(self.model, self.objective, batch, self.dtype)
+        if need is None:
+            return
         rows = self.stage.config.batch_size // self.stage.config.accumulate
         if memory.HOPELESS * need.of(rows) > self.room:
             raise MemoryError("not tried: it could not fit")
 
-    def _advice(self, batch: TensorBatch) -> str:
+    def _advice(self, batch: Any) -> str:
         config = self.stage.config
         self.optimizers.zero_grad()
         gc.collect()
         try:
-            need = memory.need(self.model, self.objective, batch, self.dtype)
+            need = self.trainee.need(self.model, self.objective, batch, self.dtype)
         except (MemoryError, RuntimeError) as error:
             if not memory.is_out_of_memory(error):
                 raise
             return "not even one row fits; set a smaller model.context or model, or take more memory"
+        if need is None:
+            return f"set a smaller batch_size than {config.batch_size}, or a smaller model"
         return memory.advice(need, config.name, config.batch_size, config.accumulate, self.room)
 
     def check_finite(self, good: str | None) -> None:
