@@ -10,7 +10,7 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 SETUPTOOLS := $(shell grep '^setuptools==' constraints.txt)
 
 .PHONY: help demo demo-clean test lint bench bench-train bench-generate bench-loss bench-miniseries \
-        bench-stability bench-gpu bench-demo clean
+        bench-stability bench-gpu bench-demo bench-lens parity clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
@@ -49,6 +49,9 @@ bench-train: $(DEV) ## training speed beside NANOGPT=folder, LLMC=folder and Hug
 bench-generate: $(DEV) ## generation speed beside Hugging Face (TEXT=file: what 8-bit weights cost)
 	@$(VENV)/bin/python benchmarks/bench_generate.py $(if $(TEXT),--text $(TEXT))
 
+bench-lens: $(DEV) ## what reading activations costs, beside Hugging Face (three minutes)
+	@$(VENV)/bin/python benchmarks/bench_lens.py
+
 bench-loss: $(DEV) ## time to nanoGPT's final loss (NANOGPT=folder DATA=folder; half an hour)
 	@$(VENV)/bin/python benchmarks/bench_loss.py --nanogpt $(NANOGPT) --data $(DATA)
 
@@ -63,6 +66,10 @@ bench-gpu: $(DEV) ## check and time the GPU path (NANOGPT=folder)
 
 bench-demo: $(DEV) ## run the demo and its clean twin for five seeds and score them (an hour)
 	@$(VENV)/bin/python benchmarks/demo_seeds.py
+
+parity: $(DEV) ## formats beside the real packages (ENVS=, EAP_IG=, NEURONPEDIA= folders, ONLY=name, KEEP=1)
+	@PYTHONPATH=tests $(VENV)/bin/python -m parity.run_peers $(if $(ENVS),--envs $(ENVS)) \
+	  $(if $(EAP_IG),--eap-ig $(EAP_IG)) $(if $(NEURONPEDIA),--neuronpedia $(NEURONPEDIA)) $(if $(KEEP),--keep) $(ONLY)
 
 clean: ## remove .venv and caches; runs/ stays
 	@echo "clean: removing .venv and caches"
