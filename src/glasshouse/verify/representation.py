@@ -2,64 +2,100 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-import torch
+from torch import Tensor
 
 from glasshouse.base.errors import VerificationError
-from glasshouse.evals.prompts import Prompt
-from glasshouse.interp.direction import random_directions, steer
-from glasshouse.interp.probe import LinearProbe, auroc, control_labels, fit_logistic
+from glasshouse.interp.probes import ProbeConfig, ProbeReport, bag_of_words, causal_effect, probe_report
+from glasshouse.interp.probes.rows import Bools
 from glasshouse.verify.examination import Examination, Finding, control_row, from_test, sequentially
 
+N_CAUSAL = 96  # prompts whose refusals the probe's direction is tried on
 DEFAULT_SITES = ("blocks.*.resid_post",)
 
 
 def probe_auroc(exam: Examination) -> Finding:
-    """Held-out AUROC of a logistic probe at the answer's first position.
+    """Held-out AUROC of a logistic probe at the answer's first position; everything about it is evidence.
 
-    Half of the meanings (action-object pairs) fit the probe and choose its site; the other half, which it
-    has never seen, test it, pair by pair of one harmful and one harmless request: each pair is a draw whose
-    mean is the AUROC, which is what the sequential test needs. The control task gives each meaning a random
-    label (Hewitt & Liang 2019). The causal effect is steering along the probe against random directions.
+    A quarter of the meanings (action-object pairs) fits the probe, a quarter chooses its site; the other
+    half, which it has never seen, tests it, pair by pair of one harmful and one harmless request: each pair
+    is a draw whose mean is the AUROC, which is what the sequential test needs. The control task gives each
+    meaning a random label (Hewitt & Liang 2019). Beside it stand calibration, what the words alone would
+    give (leakage), and what editing the direction does to refusals, against random directions.
     """
-    n = exam.constraint.prompts.n_max
-    prompts = exam.draw("prompts", n)
-    sites = expand_sites(exam)
-    acts = {s: x.numpy() for s, x in exam.subject.residuals([p.text for p in prompts], sites).items()}
-    labels = np.array([p.harmful for p in prompts])
-    group = _thirds([p.key for p in prompts], exam.rng("split"))
-    if any(labels[group == g].all() or not labels[group == g].any() for g in range(3)):
-        raise VerificationError(
-            f"constraint {exam.constraint.id}: too few prompts of each class to hold any out"
-        )
-    probes = {
-        s: fit_logistic(_scaled(acts[s], acts[s][group == 0])[group == 0], labels[group == 0], 0.1)
-        for s in sites
-    }
-    layer_sweep = {
-        s: auroc(probes[s](_scaled(acts[s], acts[s][group == 0]))[group == 1], labels[group == 1]).value
-        for s in sites
-    }
-    site = max(sites, key=lambda s: layer_sweep[s])
-    scores = probes[site](_scaled(acts[site], acts[site][group == 0]))[group == 2]
-    held = labels[group == 2]
-    area = auroc(scores, held)
-    positive, negative = scores[held], scores[~held]
+    prompts = exam.draw("prompts", exam.constraint.prompts.n_max)
+    sites, texts = expand_sites(exam), [p.text for p in prompts]
+    acts, harmful = exam.subject.residuals(texts, sites), np.array([p.harmful for p in prompts])
+    report = probe_report(
+        acts,
+        harmful,
+        groups=[str(p.key) for p in prompts],
+        config=ProbeConfig(kind="logistic", c=0.1),
+        words=bag_of_words(texts),
+        labelings=2,
+        shares=(0.25, 0.25, 0.5),
+        seed=int(exam.rng("probe").integers(2**31)),
+    )
+    positive, negative = report.scores[report.held], report.scores[~report.held]
     many = min(len(positive), len(negative))
     wins = ((positive[:many] > negative[:many]) + 0.5 * (positive[:many] == negative[:many])).tolist()
-    test = sequentially(exam.test(), lambda start, k: wins[start : start + k], many)
-    finding = from_test(test)
-    finding.estimate, finding.interval = area.value, (area.low, area.high)
-    control = _control_task(exam, prompts, acts[site], group)
-    finding.control = control_row(exam, control, int((group == 0).sum()))
-    finding.evidence = {
-        "site": site,
-        "layer_sweep": layer_sweep,
-        "selectivity": area.value - control,
-        "causal": _causal(exam, site, acts[site], labels, probes[site], acts[site][group == 0]),
-        "meanings_held_out": len({p.key for p, g in zip(prompts, group, strict=True) if g == 2}),
+    finding = from_test(sequentially(exam.test(), lambda start, k: wins[start : start + k], many))
+    finding.estimate, finding.interval = report.auroc.value, (report.auroc.low, report.auroc.high)
+    if report.control is None:
+        raise VerificationError(
+            f"constraint {exam.constraint.id}: too few prompts share a meaning for the control task"
+        )
+    finding.control = control_row(exam, report.control.control.value, report.rows[0])
+    finding.evidence = evidence_of(report) | {
+        "causal": effects(exam, report.site, acts[report.site], harmful)
     }
     return finding
+
+
+def effects(exam: Examination, site: str, acts: Tensor, harmful: Bools) -> dict[str, Any]:
+    """Share of refusals that editing the classes' difference of means at ``site`` turns, and random edits.
+
+    The difference and not the probe's own direction: a direction that reads a concept best need not be the
+    one that the model uses.
+    """
+    refused = refused_prompts(exam, "causal", N_CAUSAL)
+    gap = acts[harmful].mean(0) - acts[~harmful].mean(0)
+    if not refused or gap.norm() < 1e-6 * acts.norm(dim=1).mean():  # an untrained model's classes coincide
+        return {"site": site, "n": 0}
+    found = causal_effect(
+        gap,
+        acts,
+        harmful,
+        lambda edit: exam.subject.margins(refused, edit),
+        site,
+        n_random=4,
+        seed=int(exam.rng("random directions").integers(2**31)),
+    )
+    turned = {
+        e.operation: {"turned": e.flipped.value, "random": e.random_flipped.value} for e in found.effects
+    }
+    return {"site": site, "n": len(refused), **turned}
+
+
+def evidence_of(report: ProbeReport) -> dict[str, Any]:
+    """A probe's report as evidence: numbers a person can read beside the estimate."""
+    assert report.control is not None
+    return {
+        "site": report.site,
+        "layer_sweep": {site: score.value for site, score in report.sweep.items()},
+        "selectivity": report.control.selectivity.value,
+        "calibration_error": report.calibration.ece.value,
+        "words_alone": None if report.leakage.words is None else report.leakage.words.value,
+        "meanings_held_out": report.meanings[2],
+    }
+
+
+def refused_prompts(exam: Examination, purpose: str, n: int) -> list[str]:
+    """The harmful ones of ``n`` fresh prompts that the model refuses as they stand; there may be none."""
+    asked = [p.text for p in exam.draw(purpose, n) if p.harmful]
+    return [p for p, m in zip(asked, exam.subject.margins(asked), strict=True) if m > 0] if asked else []
 
 
 def expand_sites(exam: Examination) -> list[str]:
@@ -77,45 +113,3 @@ def expand_sites(exam: Examination) -> list[str]:
             )
         found += [h for h in hits if h not in found]
     return found
-
-
-def _thirds(keys: list[str], rng: np.random.Generator) -> np.ndarray:
-    """0 (fit), 1 (choose the site) or 2 (test) for each prompt, whole meanings together."""
-    distinct = sorted(set(keys))
-    share = dict(zip(distinct, rng.permutation(len(distinct)) * 4 // len(distinct), strict=True))
-    return np.array([{0: 0, 1: 1, 2: 2, 3: 2}[int(share[k])] for k in keys])
-
-
-def _scaled(x: np.ndarray, like: np.ndarray) -> np.ndarray:
-    return (x - like.mean(0)) / (like.std(0) + 1e-6)
-
-
-def _control_task(exam: Examination, prompts: list[Prompt], acts: np.ndarray, group: np.ndarray) -> float:
-    """AUROC of the same probe on random labels of meanings, tested on other prompts of those meanings."""
-    fake = control_labels([p.key for p in prompts], exam.rng("control"))
-    half = exam.rng("control split").random(len(prompts)) < 0.5
-    known = {p.key for p, h in zip(prompts, half, strict=True) if h}
-    again = np.array([not h and p.key in known for p, h in zip(prompts, half, strict=True)])
-    if fake[again].all() or not fake[again].any():
-        raise VerificationError(
-            f"constraint {exam.constraint.id}: too few prompts share a meaning for the control task"
-        )
-    probe = fit_logistic(_scaled(acts, acts[half])[half], fake[half], 0.1)
-    return auroc(probe(_scaled(acts, acts[half]))[again], fake[again]).value
-
-
-def _causal(
-    exam: Examination, site: str, acts: np.ndarray, labels: np.ndarray, probe: LinearProbe, like: np.ndarray
-) -> dict[str, float]:
-    """Share of refusals lost by steering to the harmless side of the probe, and by random steering."""
-    prompts = [p.text for p in exam.draw("causal", 96) if p.harmful]
-    refused = [p for p, m in zip(prompts, exam.subject.margins(prompts), strict=True) if m > 0]
-    if not refused:
-        return {"steered": 0.0, "random": 0.0, "n": 0}
-    raw = torch.tensor(probe.weight / (like.std(0) + 1e-6), dtype=torch.float32)
-    unit = raw / raw.norm()
-    gap = float((acts[~labels].mean(0) - acts[labels].mean(0)) @ unit.numpy())
-    lost = (exam.subject.margins(refused, {site: steer(unit, 2 * gap)}) < 0).mean()
-    other = random_directions(4, len(unit), exam.rng("random directions"))
-    stray = np.mean([(exam.subject.margins(refused, {site: steer(d, 2 * gap)}) < 0).mean() for d in other])
-    return {"steered": float(lost), "random": float(stray), "n": len(refused)}
