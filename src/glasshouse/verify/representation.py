@@ -48,9 +48,8 @@ def probe_auroc(exam: Examination) -> Finding:
             f"constraint {exam.constraint.id}: too few prompts share a meaning for the control task"
         )
     finding.control = control_row(exam, report.control.control.value, report.rows[0])
-    finding.evidence = evidence_of(report) | {
-        "causal": effects(exam, report.site, acts[report.site], harmful)
-    }
+    edits = effects(exam, report.site, acts[report.site], harmful)
+    finding.evidence = evidence_of(report) | {"edits": edits}
     return finding
 
 
@@ -63,7 +62,7 @@ def effects(exam: Examination, site: str, acts: Tensor, harmful: Bools) -> dict[
     refused = refused_prompts(exam, "causal", N_CAUSAL)
     gap = acts[harmful].mean(0) - acts[~harmful].mean(0)
     if not refused or gap.norm() < 1e-6 * acts.norm(dim=1).mean():  # an untrained model's classes coincide
-        return {"site": site, "n": 0}
+        return {"refusals_tried": 0}
     found = causal_effect(
         gap,
         acts,
@@ -73,10 +72,11 @@ def effects(exam: Examination, site: str, acts: Tensor, harmful: Bools) -> dict[
         n_random=4,
         seed=int(exam.rng("random directions").integers(2**31)),
     )
-    turned = {
-        e.operation: {"turned": e.flipped.value, "random": e.random_flipped.value} for e in found.effects
-    }
-    return {"site": site, "n": len(refused), **turned}
+    row: dict[str, Any] = {"refusals_tried": len(refused)}
+    for effect in found.effects:
+        row[f"turned_by_{effect.operation}"] = effect.flipped.value
+        row[f"turned_by_random_{effect.operation}"] = effect.random_flipped.value
+    return row
 
 
 def evidence_of(report: ProbeReport) -> dict[str, Any]:
