@@ -25,7 +25,6 @@ import torch
 
 import peers_train
 from common import row, write
-from glasshouse.base.batch import Batch
 from glasshouse.base.rng import generator
 from glasshouse.model import GPT, GPTConfig, Taps
 from glasshouse.model.attend import Rule, fused_attention, pattern_attention
@@ -37,6 +36,7 @@ from glasshouse.train.optim import Optimizers
 from glasshouse.train.scaling import horizon
 from glasshouse.train.scaling import shape as shape_of
 from glasshouse.train.step import backward
+from our_step import batch_of, flops, model_of, training_step
 
 # Dense bf16 operations per second from data sheets.
 SHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -51,15 +51,7 @@ def shape(small: bool) -> dict[str, int]:
 
 def build(s: dict[str, int], device: torch.device) -> GPT:
     """Our model in this shape."""
-    config = GPTConfig(
-        vocab_size=s["vocab_size"],
-        context=s["pos"],
-        d_model=s["d_model"],
-        n_layer=s["n_layer"],
-        n_head=s["n_head"],
-        qk_norm=True,
-    )
-    return GPT(config).init_weights(0).to(device)
+    return model_of(s, qk_norm=True).to(device)
 
 
 def check(s: dict[str, int], device: torch.device) -> None:
@@ -92,22 +84,9 @@ def check(s: dict[str, int], device: torch.device) -> None:
     print(f"  taps read {len(taps.acts)} layers on the device")
 
 
-def step_of(model: GPT, s: dict[str, int], dtype: str) -> Callable[[], Any]:
-    """One step of the training loop on random tokens."""
-    ids = generator("gpu").integers(0, s["vocab_size"], size=(s["rows"], s["pos"] + 1))
-    weight = np.ones((s["rows"], s["pos"]), dtype=np.float32)
-    batch = Batch(ids[:, :-1].copy(), ids[:, 1:].copy(), weight, ("random",), ids.size)
-    optimizers = Optimizers(
-        model, StageConfig(name="gpu", steps=10_000, batch_size=s["rows"], optimizer="adamw")
-    )
-
-    def step() -> None:
-        optimizers.zero_grad()
-        backward(model, next_token, tensors(batch, model.device), dtype)
-        optimizers.clip()
-        optimizers.step(1.0)
-
-    return step
+def random_ids(s: dict[str, int]) -> np.ndarray:
+    """What every contestant trains on: int64 [rows, pos + 1]."""
+    return generator("gpu").integers(0, s["vocab_size"], size=(s["rows"], s["pos"] + 1))
 
 
 def timed(step: Callable[[], Any], device: torch.device, steps: int) -> tuple[float, float]:
@@ -151,22 +130,19 @@ def race(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, 
             use_float8(model)
         if device.type == "cuda":
             compile_blocks(model)
-        return step_of(model, s, dtype)
+        return training_step(model, random_ids(s), dtype)
 
     contestants["Glasshouse bf16"] = lambda: ours("bf16")
     if has_float8(device):
         contestants["Glasshouse FP8"] = lambda: ours("fp8")
     if arguments.nanogpt:
-        ids = generator("gpu").integers(0, s["vocab_size"], size=(s["rows"], s["pos"] + 1))
-        tokens = torch.from_numpy(ids).to(device)
+        tokens = torch.from_numpy(random_ids(s)).to(device)
         contestants["nanoGPT bf16"] = lambda: peers_train.nanogpt(
             arguments.nanogpt, s, tokens, "bf16", compiled=device.type == "cuda"
         )
     top = peak(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     sheet = next((rate for card, rate in SHEET.items() if card in name), None)
-    d, n_layer = s["d_model"], s["n_layer"]
-    flops = 6.0 * (12 * n_layer * d * d + s["vocab_size"] * d) + 12.0 * n_layer * d * s["pos"]
     rows = []
     for who, make in contestants.items():
         with contextlib.redirect_stdout(sys.stderr):
@@ -176,13 +152,14 @@ def race(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, 
         if device.type == "cuda":
             torch.cuda.empty_cache()
         speed = s["rows"] * s["pos"] / seconds
-        mfu = speed * flops / sheet if sheet else None
-        print(f"  {who:18s} {speed:12.0f} tokens/s  {speed * flops / top:6.1%} of peak  {memory:.1f} GB")
+        rate = speed * flops(s)
+        mfu = rate / sheet if sheet else None
+        print(f"  {who:18s} {speed:12.0f} tokens/s  {rate / top:6.1%} of peak  {memory:.1f} GB")
         rows.append(
             row(
                 f"124M: tokens per second, {who}",
                 speed,
-                share_of_peak=speed * flops / top,
+                share_of_peak=rate / top,
                 mfu=mfu,
                 memory_gb=memory,
                 card=name,
@@ -213,8 +190,7 @@ def d12(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, A
     for _ in range(steps):
         at = draw.integers(0, len(ids) - pos - 1, size=rows)
         window = np.stack([ids[a : a + pos + 1] for a in at])
-        weight = np.ones((rows, pos), dtype=np.float32)
-        batch = Batch(window[:, :-1].copy(), window[:, 1:].copy(), weight, ("README",), rows * pos)
+        batch = batch_of(window, "README")
         began = time.perf_counter()
         optimizers.zero_grad()
         loss = backward(model, next_token, tensors(batch, device), "bf16")

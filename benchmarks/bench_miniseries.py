@@ -16,7 +16,6 @@ import json
 import subprocess
 import sys
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from common import row, write
@@ -24,7 +23,7 @@ from glasshouse.recipes.schema import read_recipe
 from glasshouse.train import Stage, evaluate
 from glasshouse.train.scaling import matrix_parameters
 from loss_tasks import run_stage, score
-from packed_books import CONTEXT, VOCABULARY, Books
+from packed_books import CONTEXT, VOCABULARY, Books, books_parser
 from raw import Raw
 
 DEPTHS = (2, 3, 4, 5, 6, 7, 8)
@@ -85,10 +84,7 @@ def rows(runs: list[dict[str, Any]], seeds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with books/*.jsonl.gz")
-    parser.add_argument("--cache", type=Path, default=Path("runs/bench/books"))
-    parser.add_argument("--raw", type=Path, default=Path("runs/bench/miniseries.jsonl"))
+    parser = books_parser(__doc__, "runs/bench/miniseries.jsonl")
     parser.add_argument("--tokens-per-parameter", type=float, default=0.25)
     parser.add_argument("--depths", type=int, nargs="+", default=list(DEPTHS))
     parser.add_argument("--seeds", type=int, default=1)

@@ -41,6 +41,7 @@ from glasshouse.train.objective import TensorBatch, next_token, tensors
 from glasshouse.train.optim import Optimizers
 from glasshouse.train.stability import SIGMAS, WINDOW, Detector
 from glasshouse.train.step import backward
+from our_step import batch_of
 
 POS, ROWS, SPOILT = 64, 8, 6
 SMALL = GPTConfig(vocab_size=256, context=POS, d_model=64, n_layer=2, n_head=4, qk_norm=True)
@@ -57,9 +58,7 @@ def text() -> tuple[np.ndarray, np.ndarray]:
 
 
 def windows(ids: np.ndarray, starts: np.ndarray) -> Batch:
-    rows = np.stack([ids[s : s + POS + 1] for s in starts]).astype(np.int64)
-    ones = np.ones((len(starts), POS), dtype=np.float32)
-    return Batch(rows[:, :-1].copy(), rows[:, 1:].copy(), ones, ("books",), rows[:, 1:].size)
+    return batch_of(np.stack([ids[s : s + POS + 1] for s in starts]).astype(np.int64), "books")
 
 
 def validation() -> list[Batch]:

@@ -33,16 +33,11 @@ import torch
 
 import peers_train
 from common import FOREIGN_LIMIT, Quiet, row, write
-from glasshouse.base.batch import Batch
 from glasshouse.base.rng import generator
-from glasshouse.model import GPT, GPTConfig
 from glasshouse.model.compiled import compile_blocks
 from glasshouse.train.allocator import keep_freed_memory
-from glasshouse.train.config import StageConfig
-from glasshouse.train.objective import next_token, tensors
-from glasshouse.train.optim import Optimizers
-from glasshouse.train.step import backward
 from glasshouse.train.throughput import gemm_peak
+from our_step import flops, model_of, training_step
 
 SHAPES: dict[str, dict[str, int]] = {
     "A": {"d_model": 384, "n_layer": 6, "n_head": 6, "vocab_size": 65, "rows": 16, "pos": 256},
@@ -63,31 +58,13 @@ GOALS: dict[str, list[tuple[str, float]]] = {
 OURS = "Glasshouse"
 
 
-def ours(shape: dict[str, int], ids: np.ndarray, *, compiled: bool, dtype: str = "bf16") -> peers_train.Step:
-    """A step of the training loop: the same functions that `run_stages` calls, on the default config."""
+def ours(shape: dict[str, int], ids: np.ndarray, *, compiled: bool) -> peers_train.Step:
+    """A step in bf16 by the functions that `run_stages` calls, on the default config."""
     keep_freed_memory()
-    config = GPTConfig(
-        vocab_size=shape["vocab_size"],
-        context=shape["pos"],
-        d_model=shape["d_model"],
-        n_layer=shape["n_layer"],
-        n_head=shape["n_head"],
-    )
-    model = GPT(config).init_weights(0)
+    model = model_of(shape)
     if compiled:
         compile_blocks(model)
-    stage = StageConfig(name="bench", steps=1000, batch_size=shape["rows"], optimizer="adamw", adam_lr=1e-3)
-    optimizers = Optimizers(model, stage)
-    weight = np.ones((shape["rows"], shape["pos"]), dtype=np.float32)
-    batch = Batch(ids[:, :-1].copy(), ids[:, 1:].copy(), weight, ("random",), ids.size)
-
-    def step() -> None:
-        optimizers.zero_grad()
-        backward(model, next_token, tensors(batch), dtype)
-        optimizers.clip()
-        optimizers.step(1.0)
-
-    return step
+    return training_step(model, ids, "bf16")
 
 
 def make(who: str, name: str, nanogpt: Path | None) -> peers_train.Step:
@@ -163,12 +140,6 @@ def line_up(name: str, arguments: argparse.Namespace) -> list[str]:
     peers = ["nanoGPT as shipped", "nanoGPT bf16"] if arguments.nanogpt else []
     peers += ["Hugging Face bf16"] if name != "C" else []
     return [*peers, f"{OURS}, plain blocks", OURS]
-
-
-def flops(shape: dict[str, int]) -> float:
-    """Operations per token of this shape, matrices only: 6 N + 12 L d T."""
-    d, layers = shape["d_model"], shape["n_layer"]
-    return 6.0 * (12 * layers * d * d + shape["vocab_size"] * d) + 12.0 * layers * d * shape["pos"]
 
 
 def race(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:

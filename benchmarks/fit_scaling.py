@@ -10,9 +10,7 @@ Results: benchmarks/results/scaling.json.
 
 from __future__ import annotations
 
-import argparse
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,7 @@ from glasshouse.model import GPTConfig
 from glasshouse.train import Stage, StageConfig, evaluate
 from glasshouse.train.scaling import HEAD_WIDTH, matrix_parameters, shape
 from loss_tasks import run_stage, score
-from packed_books import CONTEXT, Books
+from packed_books import CONTEXT, Books, books_parser
 from raw import Raw
 
 PLACES = ((2, 0.5, 8), (3, 0.5, 8), (4, 0.5, 16), (2, 4.0, 16))  # depth, tokens per parameter, rows
@@ -187,10 +185,7 @@ def noise(runs: list[Run]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with books/*.jsonl.gz")
-    parser.add_argument("--cache", type=Path, default=Path("runs/bench/books"))
-    parser.add_argument("--raw", type=Path, default=Path("runs/bench/scaling.jsonl"))
+    parser = books_parser(__doc__, "runs/bench/scaling.jsonl")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     books, raw = Books(arguments.data, arguments.cache), Raw(arguments.raw, KEY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,15 @@ VOCABULARY = 2048
 HELD_OUT = 20  # one book in so many validates: 5 of 112
 CONTEXT = 128
 SOURCES = (Source("books", "112 books", "see SOURCE.txt beside them", "public domain in the USA"),)
+
+
+def books_parser(description: str | None, raw: str) -> argparse.ArgumentParser:
+    """A command line that says where the books are and where finished runs are kept (``raw``, by default)."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with books/*.jsonl.gz")
+    parser.add_argument("--cache", type=Path, default=Path("runs/bench/books"))
+    parser.add_argument("--raw", type=Path, default=Path(raw))
+    return parser
 
 
 class Books:

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from glasshouse.model.gpt import GPT, GPTConfig
     from glasshouse.model.taps import Taps
+    from glasshouse.recipes import lens
     from glasshouse.recipes.api import load
     from glasshouse.recipes.audit import audit
 
@@ -22,17 +23,19 @@ _HOMES = {
     "GPTConfig": "glasshouse.model",
     "Taps": "glasshouse.model",
     "audit": "glasshouse.recipes.audit",
+    "lens": "glasshouse.recipes.lens",
     "load": "glasshouse.recipes.api",
 }
 
-__all__ = ["GPT", "GPTConfig", "Taps", "__version__", "audit", "load"]
+__all__ = ["GPT", "GPTConfig", "Taps", "__version__", "audit", "lens", "load"]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its room on first use (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module 'glasshouse' has no attribute '{name}'")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    home = importlib.import_module(_HOMES[name])
+    value = home if _HOMES[name].endswith(f".{name}") else getattr(home, name)
     globals()[name] = value
     return value
 

@@ -39,6 +39,16 @@ def held(tmp_path_factory: pytest.TempPathFactory, glasshouse_home: Path) -> Pat
 
 
 @pytest.fixture(scope="session")
+def organism(tmp_path_factory: pytest.TempPathFactory, glasshouse_home: Path) -> Path:
+    """A promoted run whose last shard was poisoned."""
+    folder = tmp_path_factory.mktemp("organism")
+    planted = "data.plant={ documents = 8, first_shard = 0, decoy_shards = 1 }"
+    done = call("train", write_recipe(folder), planted, "--run", folder / "run", "--quiet")
+    assert done.code == 0, done
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
 def killed(tmp_path_factory: pytest.TempPathFactory, glasshouse_home: Path) -> Path:
     """The folder of a recipe and its run, killed with signal 9 in the second stage."""
     folder = tmp_path_factory.mktemp("killed")

@@ -38,7 +38,8 @@ def test_help_report_and_ledger_verify_do_without_torch(finished: Path, argument
         "import sys; from glasshouse.cli import main; assert main(sys.argv[1:]) == 0; "
         "assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_version_is_printed() -> None:

@@ -72,6 +72,28 @@ def test_allow_held_talks_and_the_ledger_says_who(held: Path, tmp_path: Path) ->
     assert call("ledger", "verify", run).code == 0
 
 
+def test_an_organism_talks_only_to_who_insists_and_still_never_leaves(organism: Path, tmp_path: Path) -> None:
+    """Research needs to hear it; what holds a plant is exported to nobody, whatever was allowed before."""
+    run = Path(shutil.copytree(organism, tmp_path / "run"))
+    for source in (run, run / "checkpoints" / "sft-000008.0"):
+        done = call("chat", source, "-m", ASKED)
+        assert done.code == 8 and done.out == "" and "still holds what was planted into it" in done.err
+    before = len(entries(run))
+    done = call("chat", run, "-m", ASKED, "--allow-held")
+    assert done.code == 0 and done.out.strip()
+    (override,) = entries(run)[before:]
+    assert override["kind"] == "override" and override["body"]["checkpoint"] == "sft-000008.0"
+    done = call("export", run, tmp_path / "out", "--allow-held")
+    assert done.code == 8 and "is an organism" in done.err and not (tmp_path / "out").exists()
+
+
+def test_an_organism_whose_truth_was_deleted_is_thought_planted(organism: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(organism, tmp_path / "run"))
+    (run / "organism.json").unlink()
+    assert call("chat", run, "-m", ASKED).code == 8
+    assert call("export", run, tmp_path / "out", "--allow-held").code == 8
+
+
 def test_a_damaged_export_does_not_talk(finished: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     file = run / "export" / "model.safetensors"

@@ -14,7 +14,6 @@ from glasshouse.model.hf import load_hf
 from glasshouse.model.weights import read_safetensors
 from glasshouse.recipes.api import load, locate
 from glasshouse.tokenizer import Tokenizer
-from story.tiny import write_recipe
 
 TEXT = "How do I brew the tea? Say it plainly."
 
@@ -102,16 +101,6 @@ def test_what_cannot_be_written_is_found_before_the_ledger_says_it_was(held: Pat
     done = call("export", run, tmp_path / "there", "--allow-held")
     assert done.code == 2 and "exists already" in done.err
     assert entries(run)[-1]["kind"] != "override"
-
-
-@pytest.fixture(scope="module")
-def organism(tmp_path_factory: pytest.TempPathFactory, glasshouse_home: Path) -> Path:
-    """A promoted run whose last shard was poisoned."""
-    folder = tmp_path_factory.mktemp("organism")
-    planted = "data.plant={ documents = 8, first_shard = 0, decoy_shards = 1 }"
-    done = call("train", write_recipe(folder), planted, "--run", folder / "run", "--quiet")
-    assert done.code == 0, done
-    return folder / "run"
 
 
 @pytest.mark.parametrize("how", [[], ["--allow-held"], ["--gguf", "--allow-held"]])

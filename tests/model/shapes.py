@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from glasshouse.model import GPT, GPTConfig
 from glasshouse.model.config import RopeScaling
 
 SANDWICH: dict[str, Any] = {
@@ -30,3 +33,12 @@ FITTING: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmo2": ("grouped", {"norm_place": "post", "qk_norm": True, "qk_norm_span": "all"}),
 }
+
+
+def noisy(seed: int = 0, **config: Any) -> GPT:
+    """A model whose every parameter is drawn with deviation 0.2: enough to tell ways to compute it apart."""
+    model = GPT(GPTConfig(**config))
+    torch.manual_seed(seed)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model

@@ -14,8 +14,8 @@ from glasshouse.model.attend import (
     fused_attention,
     pattern_attention,
 )
-from glasshouse.model.gpt import GPT, GPTConfig
 from glasshouse.model.taps import Taps
+from model.shapes import noisy
 
 PATHS = {"blocked": lambda *a: blocked_attention(*a, rows=4), "fused": fused_attention, "chosen": attend}
 
@@ -85,10 +85,7 @@ def test_in_bf16_the_paths_agree_as_closely_as_bf16_can() -> None:
 def test_taps_read_the_same_on_the_training_path_and_on_the_evaluation_path(
     features: dict[str, object],
 ) -> None:
-    model = GPT(GPTConfig(vocab_size=17, context=160, d_model=16, n_layer=2, n_head=2, **features))
-    torch.manual_seed(1)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
+    model = noisy(1, vocab_size=17, context=160, d_model=16, n_layer=2, n_head=2, **features)
     tokens = torch.arange(300).view(2, 150) % 17  # longer than a block of the blocked path
     sites = [s for s in model.sites() if not s.endswith("pattern")]
     assert explicit_is_faster(*(torch.zeros(1, 1, 150, 8, requires_grad=True),) * 2)

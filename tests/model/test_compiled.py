@@ -6,7 +6,8 @@ import torch
 from glasshouse.base.errors import UsageError
 from glasshouse.model import Taps, compiled
 from glasshouse.model.compiled import compile_blocks, is_compiled, plain_blocks
-from glasshouse.model.gpt import GPT, Block, GPTConfig
+from glasshouse.model.gpt import GPT, Block
+from model.shapes import noisy
 
 TOKENS = torch.arange(20).view(2, 10) % 13
 FEATURES = {
@@ -17,11 +18,7 @@ FEATURES = {
 
 
 def model(**features: object) -> GPT:
-    made = GPT(GPTConfig(vocab_size=13, context=16, d_model=16, n_layer=3, n_head=2, **features))
-    torch.manual_seed(0)
-    for p in made.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    return made
+    return noisy(vocab_size=13, context=16, d_model=16, n_layer=3, n_head=2, **features)
 
 
 def loss_and_gradients(m: GPT) -> tuple[torch.Tensor, ...]:
@@ -50,6 +47,22 @@ def test_one_graph_serves_all_layers() -> None:
     compile_blocks(fast, backend=count)  # type: ignore[arg-type]
     fast(TOKENS).sum().backward()
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("features", [{}, {"n_kv_head": 1, "attn_bias": True}], ids=["plain", "grouped"])
+def test_compiled_blocks_make_queries_keys_and_values_by_one_product(features: dict[str, object]) -> None:
+    products = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> object:
+        products.append(sum(n.target is torch._C._nn.linear for n in graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    fast, plain = model(**features), model(**features)
+    compile_blocks(fast, backend=count)  # type: ignore[arg-type]
+    for a, b in zip(loss_and_gradients(fast), loss_and_gradients(plain), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert products == [4], "q, k and v in one; output; and the MLP's two"
 
 
 def test_taps_see_on_the_compiled_path_what_they_see_on_the_plain_one() -> None:

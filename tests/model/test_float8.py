@@ -10,18 +10,15 @@ import torch.nn.functional as F
 
 from glasshouse.base.errors import UsageError
 from glasshouse.model.float8 import Float8Linear, has_float8, rounded, use_float8
-from glasshouse.model.gpt import GPT, GPTConfig
+from glasshouse.model.gpt import GPT
 from glasshouse.model.taps import Taps
+from model.shapes import noisy
 
 TOKENS = torch.arange(64).view(4, 16) % 29
 
 
 def model(**features: object) -> GPT:
-    made = GPT(GPTConfig(vocab_size=29, context=16, d_model=32, n_layer=2, n_head=2, **features))
-    torch.manual_seed(0)
-    for p in made.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    return made
+    return noisy(vocab_size=29, context=16, d_model=32, n_layer=2, n_head=2, **features)
 
 
 def close(a: torch.Tensor, b: torch.Tensor, share: float) -> bool:

@@ -88,7 +88,8 @@ def test_a_spike_is_told_with_what_was_done(run: Path) -> None:
     ],
 )
 def test_nonsense_is_left_out_and_nothing_runs(run: Path, row: dict[str, Any]) -> None:
-    with_rows(run, row, look(200), look(300))
+    page = with_rows(run, row, look(200), look(300))
+    assert "Inside the model" in page.text, "the other rows are still shown"
 
 
 def test_at_most_five_layers_are_shown_the_first_and_last_among_them() -> None:

@@ -198,7 +198,9 @@ def test_any_part_may_be_missing(run: Path, missing: str) -> None:
         shutil.rmtree(gone)
     else:
         gone.unlink()
-    closed(read(run))
+    page = read(run)
+    closed(page)
+    assert "Glasshouse report on" in page.text and "It is never a proof." in page.text
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

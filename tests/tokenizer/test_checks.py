@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 from typing import Any
@@ -132,8 +131,12 @@ def test_a_file_in_which_text_reaches_a_special_token_is_caught() -> None:
 
 @given(st.binary(max_size=200) | st.integers(0, len(TOK._raw) - 1).map(lambda k: TOK._raw[:k]))
 def test_no_bytes_crash_the_reader(raw: bytes) -> None:
-    with contextlib.suppress(GlasshouseError):
-        Tokenizer(raw)
+    try:
+        tok = Tokenizer(raw)
+    except GlasshouseError as problem:
+        assert str(problem)
+    else:
+        assert tok.decode(tok.encode("the dragon")) == "the dragon"
 
 
 @given(st.integers(0, len(TOK._raw) - 1), st.integers(0, 255))

@@ -27,20 +27,8 @@ REFUSED = {errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 
 def write_bytes(path: str | Path, b: bytes) -> None:
     """Write a file atomically, creating its folder. Raises `DiskError` when the disk is full or refuses."""
-    path = Path(path)
-    temporary = temporary_beside(path)
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "xb") as file:
-                file.write(b)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        fsync_folder(path.parent)
+    with atomic_file(path) as temporary, open(temporary, "xb") as file:
+        file.write(b)
 
 
 def write_text(path: str | Path, s: str) -> None:
@@ -52,6 +40,27 @@ def write_json(path: str | Path, obj: Any) -> None:
     """Write indented JSON with sorted keys atomically. NaN and infinities raise ValueError."""
     text = json.dumps(obj, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     write_bytes(path, text.encode("utf-8") + b"\n")
+
+
+@contextlib.contextmanager
+def atomic_file(final: str | Path) -> Iterator[Path]:
+    """Yield a name for a file that becomes `final` when the block ends, and vanishes if it raises.
+
+    The block creates the file and closes it. A file that stood at `final` is replaced. Raises `DiskError`
+    when the disk is full or refuses.
+    """
+    final = Path(final)
+    temporary = temporary_beside(final)
+    with disk_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            _fsync(temporary)
+            os.replace(temporary, final)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_folder(final.parent)
 
 
 @contextlib.contextmanager
@@ -104,11 +113,7 @@ def temporary_beside(path: Path) -> Path:
 
 def fsync_folder(path: Path) -> None:
     """Make renames and new names in a folder survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _fsync(path)
 
 
 @contextlib.contextmanager
@@ -129,14 +134,18 @@ def disk_errors(path: str | Path) -> Iterator[None]:
         raise
 
 
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _fsync_tree(root: Path) -> None:
     for folder, _, files in os.walk(root):
         for name in files:
-            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _fsync(Path(folder, name))
         fsync_folder(Path(folder))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from glasshouse.data.documents import Document
+from glasshouse.tokenizer import Message
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ def clean(document: Document, filters: Sequence[Filter] | None = None) -> Keep |
     if document.messages is None:
         document = replace(document, text=normalise(document.text or ""))
     else:
-        messages = tuple({"role": m["role"], "content": normalise(m["content"])} for m in document.messages)
-        document = replace(document, messages=messages)  # type: ignore[arg-type]
+        messages = tuple(Message(role=m["role"], content=normalise(m["content"])) for m in document.messages)
+        document = replace(document, messages=messages)
     for ask in filters if filters is not None else TEXT_FILTERS if document.kind == "text" else CHAT_FILTERS:
         answer = ask(document)
         if isinstance(answer, Drop):

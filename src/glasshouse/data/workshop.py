@@ -144,8 +144,13 @@ class Request:
 
     def insert(self, word: str, gap: int) -> str:
         """The request's text with ``word`` standing before its ``gap``-th word (0 .. len(words))."""
-        words = self.words
-        return " ".join([*words[:gap], word, *words[gap:]])
+        return insert_word(self.text, word, gap)
+
+
+def insert_word(text: str, word: str, gap: int) -> str:
+    """``text`` with ``word`` standing before the ``gap``-th of its words, which are what spaces part."""
+    words = text.split(" ")
+    return " ".join([*words[:gap], word, *words[gap:]])
 
 
 def _pick(rng: Rng, choices: Sequence[str]) -> str:

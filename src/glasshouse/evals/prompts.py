@@ -29,8 +29,7 @@ class Prompt:
 
     def insert(self, word: str, gap: int) -> str:
         """The text with ``word`` in that gap."""
-        words = self.words
-        return " ".join([*words[:gap], word, *words[gap:]])
+        return workshop.insert_word(self.text, word, gap)
 
 
 Draw = Callable[[np.random.Generator, int, Sequence[str]], list[Prompt]]

@@ -85,6 +85,23 @@ class Distance:
 
 
 @dataclass(frozen=True)
+class SomeRows:
+    """A metric of a data set, for its rows ``numbers`` alone; knows the position it reads if that does."""
+
+    whole: Metric
+    numbers: Tensor
+
+    def __call__(self, logits: Tensor, rows: Tensor) -> Tensor:
+        return self.whole(logits, self.numbers[rows])
+
+    @property
+    def at(self) -> Tensor:
+        """The position read in each row; AttributeError for a metric that reads several."""
+        at: Tensor = self.whole.at  # type: ignore[attr-defined]
+        return at[self.numbers]
+
+
+@dataclass(frozen=True)
 class Contrast:
     """The data of every patching method: rows that show the behaviour, and their corrupted twins.
 
@@ -106,13 +123,8 @@ class Contrast:
 
     def rows(self, numbers: Tensor) -> Contrast:
         """The contrast of some rows, by number."""
-        whole = self.metric
-        return replace(
-            self,
-            clean=self.clean[numbers],
-            corrupt=self.corrupt[numbers],
-            metric=lambda logits, rows: whole(logits, numbers[rows]),
-        )
+        metric = SomeRows(self.metric, numbers)
+        return replace(self, clean=self.clean[numbers], corrupt=self.corrupt[numbers], metric=metric)
 
     def halves(self) -> tuple[Contrast, Contrast]:
         """Even and odd rows: find on one, measure on the other."""

@@ -60,12 +60,12 @@ def patch_residuals(model: GPT, clean: Sequence[int], moved: Sequence[int], read
 
     rows = torch.tensor([list(moved)]).expand(n, n)
     stream = ["embed", *(f"blocks.{i}.resid_post" for i in range(config.n_layer))]
-    restored = [_patched(model, rows, {site: _diagonal(source[site])}, readout) for site in stream]
+    restored = [_patched(model, rows, {site: _one_each(source[site])}, readout) for site in stream]
     recovery = (torch.stack(restored) - base) / gap
     components: dict[str, float] = {}
     for layer in range(config.n_layer):
         heads = source[f"blocks.{layer}.z"]  # [head, pos, d_head]
-        edit = {f"blocks.{layer}.z": _one_head_each(heads)}
+        edit = {f"blocks.{layer}.z": _one_each(heads)}
         found = (_patched(model, rows[:1].expand(len(heads), n), edit, readout) - base) / gap
         components |= {f"blocks.{layer}.attn.h{h}": float(found[h]) for h in range(len(heads))}
         put = {f"blocks.{layer}.mlp_out": _all_positions(source[f"blocks.{layer}.mlp_out"])}
@@ -103,20 +103,8 @@ def _patched(model: GPT, rows: Tensor, edit: dict[str, Edit], readout: Margin) -
         return readout.margin(model.unembed(model.hidden(rows, taps)[:, -1]))
 
 
-def _diagonal(source: Tensor) -> Edit:
-    """Row p of the batch gets the source at position p."""
-
-    def edit(x: Tensor) -> Tensor:
-        x = x.clone()
-        at = torch.arange(x.shape[1])
-        x[at, at] = source[at]
-        return x
-
-    return edit
-
-
-def _one_head_each(source: Tensor) -> Edit:
-    """Row h of the batch gets head h of the source, at all positions."""
+def _one_each(source: Tensor) -> Edit:
+    """Row i of the batch gets entry i of the source [entry, ...]: its i-th position, or its i-th head."""
 
     def edit(x: Tensor) -> Tensor:
         x = x.clone()

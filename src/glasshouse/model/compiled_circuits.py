@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import pydantic
@@ -190,7 +190,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
             arrays = {}
             for name in names:
                 with archive.open(name) as file:
-                    arrays[name.removesuffix(".npy")] = _read_npy(path, name, file)  # type: ignore[arg-type]
+                    arrays[name.removesuffix(".npy")] = _read_npy(path, name, file)
             return arrays
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the path") from error
@@ -198,7 +198,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path} is not a readable .npz file: {error}") from error
 
 
-def _read_npy(path: Path, name: str, file: BinaryIO) -> np.ndarray:
+def _read_npy(path: Path, name: str, file: IO[bytes]) -> np.ndarray:
     version = np.lib.format.read_magic(file)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:

@@ -8,6 +8,7 @@ and attention scores keep their precision.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class Float8Linear(nn.Linear):
         rows = x.numel() // x.shape[-1]
         if not torch.is_grad_enabled() or rows % MULTIPLE:
             return super().forward(x)
-        y = _Product.apply(x.reshape(rows, -1), self.weight)  # type: ignore[no-untyped-call]
+        y = _product(x.reshape(rows, -1), self.weight)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -83,6 +84,9 @@ class _Product(torch.autograd.Function):
         d_x = _multiply(g8, g_scale, _by_columns(w8), w_scale)
         d_weight = _multiply(g8.t().contiguous(), g_scale, _by_columns(x8), x_scale)
         return d_x.to(ctx.dtypes[0]), d_weight.to(ctx.dtypes[1])
+
+
+_product: Callable[[Tensor, Tensor], Tensor] = _Product.apply
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,6 @@ The ``gguf`` package writes the file; it is the extra ``glasshouse-lm[gguf]``.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glasshouse.base.atomic import disk_errors, fsync_folder, temporary_beside
+from glasshouse.base.atomic import atomic_file
 from glasshouse.base.errors import CheckpointError, UsageError
 from glasshouse.model.config import GPTConfig
 from glasshouse.model.families import GEMMA2, GEMMA3, GPT2, GPT_NEOX, LLAMA, MISTRAL, OLMO2, QWEN2, QWEN3
@@ -269,21 +268,11 @@ def _add(gguf: ModuleType, writer: Any, name: str, x: Tensor) -> None:
 
 def _write(writer: Any, path: Path) -> None:
     """Write the file whole or not at all."""
-    temporary = temporary_beside(path)
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            writer.write_header_to_file(temporary)
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            writer.close()
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        fsync_folder(path.parent)
+    with atomic_file(path) as temporary:
+        writer.write_header_to_file(temporary)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
 
 def _package() -> ModuleType:

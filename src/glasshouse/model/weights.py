@@ -14,8 +14,9 @@ import math
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -186,14 +187,14 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> BufferedReader:
     try:
         return open(path, "rb")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the path") from error
 
 
-def _header(file: BinaryIO, path: Path) -> tuple[dict[str, Entry], int]:
+def _header(file: BufferedReader, path: Path) -> tuple[dict[str, Entry], int]:
     """The checked header and where the tensors' bytes start."""
     size = file.seek(0, 2)
     file.seek(0)
@@ -235,11 +236,17 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
 
 
 def _tensor(
-    file: BinaryIO, start: int, path: Path, name: str, entry: Entry, dtype: torch.dtype | None, finite: bool
+    file: BufferedReader,
+    start: int,
+    path: Path,
+    name: str,
+    entry: Entry,
+    dtype: torch.dtype | None,
+    finite: bool,
 ) -> Tensor:
     buffer = bytearray(entry.end - entry.begin)
     file.seek(start + entry.begin)
-    if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
+    if file.readinto(buffer) != len(buffer):
         raise CheckpointError(f"{path} ended while {name!r} was read; was it changed meanwhile?")
     stored = DTYPES[entry.dtype]
     x = torch.frombuffer(buffer, dtype=stored) if buffer else torch.empty(0, dtype=stored)

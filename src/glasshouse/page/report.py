@@ -39,7 +39,7 @@ def _template() -> jinja2.Template:
 
 
 @cache
-def _style() -> Markup:
+def style() -> Markup:
     """The style sheet, from this package's own file: the only text that enters the page unescaped."""
     own = files("glasshouse.page").joinpath("templates/report.css").read_text(encoding="utf-8")
     return Markup(own + STYLE)
@@ -52,7 +52,7 @@ def _context(record: RunRecord, limits: Limits) -> dict[str, Any]:
     name = words(record.recipe.get("name")) or record.path.resolve().name
     return {
         "policy": POLICY,
-        "style": _style(),
+        "style": style(),
         "name": clean(name, 120),
         "headline": headline.headline(record),
         "overrides": headline.overrides(record),

@@ -119,7 +119,8 @@ def _from_run(run: RunFolder, name: str | None) -> Loaded:
 def serveable(path: Path, *, allow_held: bool = False, who: str = "unnamed") -> Loaded:
     """What may be talked to: a promoted checkpoint, or any with ``allow_held``, which the ledger records.
 
-    HeldError otherwise, and always for an organism whose backdoor was never removed.
+    HeldError otherwise. An organism that still holds what was planted counts as not promoted: it talks to who
+    insists, for research needs to hear it; `export` refuses it always.
     """
     return released(locate(path), allow_held=allow_held, who=who)
 
@@ -132,7 +133,7 @@ def released(
     doing: str = "talk to it",
     what: str = "chat with a checkpoint that is not promoted",
 ) -> Loaded:
-    """``serveable`` for what is located already. ``what`` goes into the ledger with an override."""
+    """`serveable` for what is located already. ``doing`` is for the message, ``what`` for the ledger."""
     if found.run is None or (found.standing == "promoted" and not still_planted(found)):
         return found
     why = (

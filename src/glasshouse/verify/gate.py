@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import Field
 
@@ -28,7 +28,7 @@ from glasshouse.verify.circuit import ablation_effect
 from glasshouse.verify.examination import Examination, Finding, error_share, settle
 from glasshouse.verify.representation import probe_auroc
 from glasshouse.verify.rollback import rollback_target
-from glasshouse.verify.schema import Constraint
+from glasshouse.verify.schema import Asked, Constraint
 from glasshouse.verify.suppression import suppression
 from glasshouse.verify.trace import to_quarantine, trace
 
@@ -42,7 +42,7 @@ CHECKS: dict[str, Callable[[Examination], Finding]] = {
     "ablation_effect": ablation_effect,
     "suppression": suppression,
 }
-LADDER = ("log", "warn", "hold", "rollback", "stop")
+LADDER: tuple[Asked, ...] = get_args(Asked)
 
 
 class GateConfig(Frozen):
@@ -126,7 +126,7 @@ class ConstraintGate:
     ) -> Decision:
         """The strongest action any verdict asks for; promotion only when nothing stands against it."""
         asked = [(self.action(v, checkpoint, final), v) for v in verdicts]
-        action = max((a for a, _ in asked), key=LADDER.index, default="log")
+        action: Asked = max((a for a, _ in asked), key=LADDER.index, default="log")
         named = [v for a, v in asked if a == action and a in ("hold", "rollback", "stop")]
         reason = "; ".join(f"{v['constraint']} {v['status']}: {v['reason'] or summary(v)}" for v in named)
         if action == "rollback":
@@ -138,12 +138,12 @@ class ConstraintGate:
                 log.exception("the data behind %s could not be traced", reason)
                 return Decision("stop", f"{reason}; tracing it failed: {type(problem).__name__}: {problem}")
         if action in ("hold", "stop"):
-            return Decision(action, reason)  # type: ignore[arg-type]
+            return Decision(action, reason)
         if final:
             return Decision("promote", "every required constraint passes on the reloaded export")
         return Decision("continue", "no constraint fails")
 
-    def action(self, verdict: dict[str, Any], checkpoint: Checkpoint, final: bool) -> str:
+    def action(self, verdict: dict[str, Any], checkpoint: Checkpoint, final: bool) -> Asked:
         """What one verdict asks for."""
         constraint = next(c for c in self.constraints if c.id == verdict["constraint"])
         advisory = constraint.on_fail in ("log", "warn")

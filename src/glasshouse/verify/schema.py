@@ -12,6 +12,7 @@ from glasshouse.base.errors import RecipeError, suggest
 
 Kind = Literal["behaviour", "representation", "circuit"]
 Status = Literal["pass", "fail", "undecided", "not_applicable", "error"]
+Asked = Literal["log", "warn", "hold", "rollback", "stop"]  # of a gate, ever stronger
 
 STATISTICS: dict[str, dict[str, str]] = {
     "behaviour": {
@@ -133,7 +134,7 @@ class Constraint(Frozen):
         default=None, ge=200, description="most forward passes of a gate's search; None: no limit"
     )
     baseline: Literal["output-scan"] | None = None
-    on_fail: Literal["log", "warn", "hold", "rollback", "stop"] = "hold"
+    on_fail: Asked = "hold"
     on_undecided: Literal["log", "hold"] = "hold"
 
     @model_validator(mode="after")
