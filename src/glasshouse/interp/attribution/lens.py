@@ -35,6 +35,7 @@ from glasshouse.train.optim import Optimizers
 from glasshouse.train.schedule import warmup_stable_decay
 
 WEIGHTS, ABOUT = "lens.safetensors", "lens.json"
+DRAWN = 14  # positions that a picture has room for
 
 
 def stream_sites(model: GPT) -> list[str]:
@@ -195,8 +196,9 @@ class LensReading:
         return str(chart + self.grid(0))
 
     def grid(self, row: int) -> Markup:
-        """Likeliest token at every place (bottom: embedding) and position of one row, shaded by its share."""
-        top, share = self.top[:, row], self.share[:, row]
+        """Likeliest token at every place (bottom: embedding) and (the first `DRAWN`) position of
+        one row, shaded by its share."""
+        top, share = self.top[:, row, :DRAWN], self.share[:, row, :DRAWN]
         size, tall, left = 62.0, 22.0, 60.0
         parts: list[Markup] = []
         L, T = top.shape
