@@ -84,9 +84,10 @@ def train(
     seed: Seed = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
-    """Train a dictionary of features (SAE, transcoder, or of a difference) and judge it.
+    """Train a dictionary of features.
 
-    With --out a killed training goes on with --resume, bit for bit. Quality is measured on held-out text.
+    An SAE, a transcoder (--to), or one of a difference (--against). With --out a killed training goes on with
+    --resume, bit for bit. Quality is measured on held-out text.
     """
     from glasshouse.base.errors import UsageError
     from glasshouse.recipes import lens
@@ -141,7 +142,9 @@ def probe(
     ] = None,
     seed: Seed = 0,
 ) -> None:
-    """Can a concept be read, what else could explain it, and does the model use it?
+    """Read a concept, with every control.
+
+    Can it be read, what else could explain that, and does the model use it?
 
     Held-out AUROC, control task, calibration, leakage, causal effect, and the sweep over sites.
     """
@@ -193,9 +196,9 @@ def circuit(
     ] = None,
     seed: Seed = 0,
 ) -> None:
-    """Find the edges that carry a behaviour, and measure them beside random circuits of equal size.
+    """Find the edges that carry a behaviour.
 
-    Found on half of the rows, measured on the others.
+    Found on half of the rows, measured on the others beside random circuits of equal size.
     """
     from glasshouse.recipes import lens
 
@@ -241,9 +244,10 @@ def attribute(
     out: Out = None,
     seed: Seed = 0,
 ) -> None:
-    """Say which parts, tokens or layers an answer comes from; or which heads do induction.
+    """Say where an answer comes from.
 
     dla: what each part writes into the logit. ig: which tokens. patching: which parts restore the answer.
+    The lenses: what each layer would say. induction: which heads do it.
     """
     from glasshouse.recipes import lens
 

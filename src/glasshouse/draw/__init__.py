@@ -3,7 +3,7 @@
 from glasshouse.draw.grids import Bar, bars, heat_map
 from glasshouse.draw.lines import Axes, Lane, Mark, Series, interval_strip, line_chart
 from glasshouse.draw.scale import label
-from glasshouse.draw.svg import STATUSES, STYLE, status_class, status_mark
+from glasshouse.draw.svg import STATUSES, STYLE, status_class, status_mark, styled
 from glasshouse.draw.table import table
 from glasshouse.draw.text import clean, esc, mark_word
 
@@ -25,5 +25,6 @@ __all__ = [
     "mark_word",
     "status_class",
     "status_mark",
+    "styled",
     "table",
 ]

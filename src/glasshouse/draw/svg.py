@@ -139,3 +139,8 @@ STYLE = """
 .chart .bar.hot{fill:var(--fail,#b3261e);fill-opacity:.85}
 .chart .bar-back{fill:var(--well,#eef0ec)}
 """.strip()
+
+
+def styled(*parts: Markup) -> str:
+    """Parts after the style sheet, for a notebook, which has none of ours (charts would be black there)."""
+    return str(Markup("<style>{}</style>").format(Markup(STYLE)) + Markup().join(parts))

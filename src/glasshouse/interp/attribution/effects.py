@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glasshouse.base.errors import UsageError, suggest
 from glasshouse.base.score import Score, bootstrap
-from glasshouse.draw import esc, heat_map, table
+from glasshouse.draw import esc, heat_map, styled, table
 from glasshouse.interp.attribution.places import Place
 
 DRAWS = 1000
@@ -116,7 +116,7 @@ class Effects:
         return f"{self.method}; {unit}; n = {self.n} rows"
 
     def _repr_html_(self) -> str:
-        return str(self._drawn())
+        return styled(self._drawn())
 
     def _drawn(self) -> Markup:
         rows, columns = (list(dict.fromkeys(c[i] for c in self.cells)) for i in (0, 1))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from glasshouse.base.errors import UsageError
 from glasshouse.base.score import Score
-from glasshouse.draw import esc, heat_map, table
+from glasshouse.draw import esc, heat_map, styled, table
 from glasshouse.interp.attribution.direct import frozen_scale
 from glasshouse.interp.attribution.effects import Effects, effects
 from glasshouse.interp.attribution.patch import ablate
@@ -91,9 +91,8 @@ class InductionScores:
         about = f"n = {self.prefix.n} rows of {self.period} random tokens, said twice"
         picture = heat_map(grid, layers, heads, "prefix score", about)
         losses = "nats a token: first half {}, second half {}".format(*self.loss)
-        return str(
-            Markup("<p>{}; {}</p>{}{}").format(esc(about), esc(losses), picture, table(head, rows, about))
-        )
+        told = Markup("<p>{}; {}</p>").format(esc(about), esc(losses))
+        return styled(told, picture, table(head, rows, about))
 
 
 @torch.no_grad()

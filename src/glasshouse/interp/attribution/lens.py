@@ -23,7 +23,7 @@ from glasshouse.base.atomic import atomic_dir, write_json
 from glasshouse.base.errors import CheckpointError, TrainingError, UsageError
 from glasshouse.base.score import Score, bootstrap
 from glasshouse.draw import Axes, Series, line_chart
-from glasshouse.draw.svg import el, figure, shorten, text
+from glasshouse.draw.svg import el, figure, shorten, styled, text
 from glasshouse.interp.attribution.gradients import frozen
 from glasshouse.interp.attribution.rerun import check_rows, row_chunks
 from glasshouse.model import GPT, Taps
@@ -193,7 +193,7 @@ class LensReading:
             f"KL from the final prediction, in nats, n = {len(self.tokens)} rows",
             Axes("place in the stream (0: embedding)", "KL to final, nats"),
         )
-        return str(chart + self.grid(0))
+        return styled(chart, self.grid(0))
 
     def grid(self, row: int) -> Markup:
         """Likeliest token at every place (bottom: embedding) and (the first `DRAWN`) position of

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from glasshouse.base.errors import UsageError
-from glasshouse.draw.svg import el, figure, shorten, text
+from glasshouse.draw.svg import el, figure, shorten, styled, text
 from glasshouse.interp.attribution.places import node
 from glasshouse.interp.attribution.rerun import check_rows
 from glasshouse.model import GPT, Taps
@@ -39,12 +39,12 @@ class AttentionPatterns:
         return [(int(i) // T, int(i) % T, float(v)) for v, i in zip(values, at, strict=True)]
 
     def _repr_html_(self) -> str:
-        return str(self.picture())
+        return styled(self.picture())
 
     def picture(self, width: float = 760) -> Markup:
         """Squares in rows; a query is a row and a key a column, the first token at the top left."""
         across = min(len(self.heads), max(1, int(width // 190)))
-        side = width / across - 14
+        side = min(width / across - 14, 420)  # a single one leaves room for its words
         parts: list[Markup] = []
         for i, head in enumerate(self.heads):
             x, y = (i % across) * (side + 14), (i // across) * (side + 30)

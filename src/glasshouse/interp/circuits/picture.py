@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from markupsafe import Markup
 from torch import Tensor
 
-from glasshouse.draw import esc, label
+from glasshouse.draw import esc, label, styled
 from glasshouse.draw.network import Link, Node, network
 from glasshouse.interp.formats.graph import AttributionGraph, GraphNode
 

@@ -28,7 +28,7 @@ from glasshouse.base.keys import signing_key
 from glasshouse.base.ledger import Ledger
 from glasshouse.base.plan import DataPlan, Phase
 from glasshouse.base.run import RunFolder
-from glasshouse.draw import Axes, Series, line_chart, table
+from glasshouse.draw import Axes, Series, line_chart, styled, table
 from glasshouse.interp.dictionaries.bank import Bank, BankTrainee, Sites, bank_loss, read_dictionaries, warm
 from glasshouse.interp.dictionaries.config import DictionaryConfig
 from glasshouse.interp.dictionaries.core import ActivationBatch, Dictionary
@@ -114,7 +114,7 @@ class Trained:
         head = ("dictionary", "architecture", "variance explained", "L0", "dead")
         axes = Axes("step", "variance explained")
         chart = line_chart(lines, "Training", "variance explained by each dictionary, by step", axes)
-        return f"{chart}{table(head, ends, 'on the last batches', numeric=(2, 3, 4))}"
+        return styled(chart, table(head, ends, "on the last batches", numeric=(2, 3, 4)))
 
 
 def train_dictionary(

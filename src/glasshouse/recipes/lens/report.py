@@ -12,7 +12,7 @@ from markupsafe import Markup
 from glasshouse.base.atomic import write_json, write_text
 from glasshouse.base.errors import UsageError, suggest
 from glasshouse.base.score import Score
-from glasshouse.draw import STYLE, clean, esc, label, table
+from glasshouse.draw import clean, esc, label, styled, table
 from glasshouse.page.result import result_page
 
 FORMAT = "glasshouse.lens/1"
@@ -70,8 +70,7 @@ class Finding(Generic[T]):
         ]
 
     def _repr_html_(self) -> str:
-        head = Markup("<style>{}</style><h4>{}</h4>").format(Markup(STYLE), esc(self.title))
-        return str(head + Markup().join(self.markup()))
+        return styled(*self.markup())
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the pictures, as plain data."""
