@@ -10,7 +10,8 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 SETUPTOOLS := $(shell grep '^setuptools==' constraints.txt)
 
 .PHONY: help demo demo-clean test lint bench bench-train bench-generate bench-loss bench-miniseries \
-        bench-stability bench-gpu bench-demo bench-lens parity clean
+        bench-stability bench-gpu bench-demo bench-lens bench-sae bench-dictionaries bench-probes \
+        bench-attribution bench-circuits bench-grown-circuits parity clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
@@ -51,6 +52,29 @@ bench-generate: $(DEV) ## generation speed beside Hugging Face (TEXT=file: what 
 
 bench-lens: $(DEV) ## what reading activations costs, beside Hugging Face (three minutes)
 	@$(VENV)/bin/python benchmarks/bench_lens.py
+
+# The peers' packages live in environments of their own: SPARSIFY, SAELENS and DICTIONARY_LEARNING name interpreters.
+LENSES := $(if $(SPARSIFY),--sparsify $(SPARSIFY)) $(if $(SAELENS),--saelens $(SAELENS)) \
+          $(if $(DICTIONARY_LEARNING),--dictionary-learning $(DICTIONARY_LEARNING))
+
+bench-sae: $(DEV) ## training dictionaries beside SPARSIFY=python, SAELENS=, DICTIONARY_LEARNING= (PARTS=speed)
+	@$(VENV)/bin/python benchmarks/bench_sae.py $(LENSES) $(if $(PARTS),--parts $(PARTS))
+
+bench-dictionaries: $(DEV) ## the quality of dictionaries on a model grown for it (a quarter of an hour)
+	@$(VENV)/bin/python benchmarks/bench_dictionary_quality.py
+
+bench-probes: $(DEV) ## probes beside scikit-learn, and whether models compose (an hour)
+	@$(VENV)/bin/python benchmarks/bench_probes.py
+
+bench-attribution: $(DEV) ## what attribution costs, and its agreement with exact patching
+	@$(VENV)/bin/python benchmarks/bench_attribution.py
+
+bench-circuits: $(DEV) ## every method beside exact patching and chance (CIRCUITS=folder of compiled programs)
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/bench_circuits.py $(if $(CIRCUITS),--circuits $(CIRCUITS)) \
+	  $(if $(CACHE),--cache $(CACHE))
+
+bench-grown-circuits: $(DEV) ## circuits of induction and of harm in small models of five seeds (15 minutes; CACHE=folder resumes)
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/bench_grown_circuits.py $(if $(CACHE),--cache $(CACHE))
 
 bench-loss: $(DEV) ## time to nanoGPT's final loss (NANOGPT=folder DATA=folder; half an hour)
 	@$(VENV)/bin/python benchmarks/bench_loss.py --nanogpt $(NANOGPT) --data $(DATA)

@@ -156,6 +156,15 @@ def test_a_circuit_is_found_saved_checked_on_another_model_and_compared(
     assert "recovered when it was found" in again.out
 
 
+@pytest.mark.parametrize("ablation", ["corrupt", "mean"])
+def test_the_refusals_of_a_run_have_a_task_of_their_own(finished: Path, ablation: str) -> None:
+    task = ("--pairs", "refusal", "--method", "eap", "--edges", 12, "--ablation", ablation)
+    done = call("lens", "circuit", finished, *task)
+    assert done.code == 0 and "refusals of the closed language" in done.out, done
+    assert f"ablation: {ablation}" in done.out
+    assert ("of other lengths were left out" in done.out) == (ablation == "mean")
+
+
 def test_a_circuit_of_another_shape_or_a_damaged_one_is_refused(
     model: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -172,7 +181,7 @@ def test_a_circuit_of_another_shape_or_a_damaged_one_is_refused(
     refused(call("lens", "circuit", model, *task), 4, str(out))
 
 
-@pytest.mark.parametrize("method", ["dla", "ig", "patching", "logit-lens", "induction"])
+@pytest.mark.parametrize("method", ["dla", "ig", "patching", "logit-lens", "tuned-lens", "induction"])
 def test_attribute_prints_a_table_and_writes_a_page(
     model: Path, words: Path, tmp_path: Path, method: str
 ) -> None:

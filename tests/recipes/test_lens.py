@@ -169,3 +169,13 @@ def test_a_number_that_is_not_there_is_refused_with_the_nearest(subject: Loaded)
     with pytest.raises(UsageError, match="Did you mean 'all parts together'"):
         found["all part together"]
     assert np.isfinite([v.value for _, v in found.rows if isinstance(v, Score)]).all()
+
+
+@pytest.mark.parametrize("method", ["dla", "patching", "logit-lens", "induction"])
+def test_every_chart_in_a_notebook_brings_its_style_sheet(subject: Loaded, words: Path, method: str) -> None:
+    found = gh.lens.attribute(
+        subject, "ba baro mite", method=method, target=" shalu", corrupt="ba mite baro", text=words
+    )
+    for part in (found, *found.parts):
+        shown = part._repr_html_()
+        assert shown.count("<svg") and shown.index("<style>") < shown.index("<svg"), type(part)
