@@ -3,7 +3,7 @@
     bench_sae.py --sparsify PYTHON --saelens PYTHON --dictionary-learning PYTHON
 
 Each PYTHON is the interpreter of an environment with that package; a peer without one is left out. Shape:
-d_in 256, 4,096 features, k 32, batches of 4,096. Every contestant is a process of its own and they take turns.
+d_in 256, 4,096 features, k 32, batches of 4,096. Every contestant is a process of its own; they take turns.
 
 Speed: the updates of the training loop (guard, clipping, dead tracking, projection and all), with the
 auxiliary loss switched on everywhere, once with no feature dead and once with a tenth of them taken for dead,
@@ -13,8 +13,8 @@ Recovery: activations are sparse sums of 4,096 known unit vectors (`toy_features
 that some decoder row has at cosine above 0.9. Learning rates are swept for each contestant on a seed of its
 own, and the best goes on to the seeds that are reported. A time budget is turned into steps by the measured
 speed, so recovery after equal activations and after equal time does not depend on how busy the machine is.
-Everybody's schedule is its package's default (ours warms up and decays, sparsify's optimiser is schedule-free,
-the others' rates are constant), except that warm-ups in steps are cut to ten; "constant rate" is ours without
+Everybody's schedule is its package's default (ours warms up and decays, sparsify's optimiser needs none, the
+others' rates are constant), except that warm-ups in steps are cut to ten; "constant rate" is ours without
 its decay.
 """
 
