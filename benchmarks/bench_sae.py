@@ -206,8 +206,9 @@ def recover(arguments: argparse.Namespace, speeds: dict[str, float]) -> list[dic
 
 
 def run(worker: Worker, lr: float, seed: int, marks: list[int], done: Raw) -> list[float]:
-    """Shares recovered at ``marks``, of which the last ends the schedule; weights and data have seeds of their
-    own. ``done`` keeps finished runs.
+    """Shares recovered at ``marks``, of which the last ends the schedule. ``done`` keeps finished runs.
+
+    Weights and data have seeds of their own.
     """
     key = (worker.who, lr, seed, marks, ACTIVE)
     if not done.has(*key):
