@@ -56,7 +56,7 @@ DEAD = {"no feature dead": 0, "a tenth dead": D_SAE // 10}
 RATIOS = {"sparsify": 1.15, "dictionary_learning": 2.5, "SAELens": 3.3}
 GOAL, STRETCH = 20_000, 25_000
 # sparsify's own default at this width is 1e-2.
-RATES = [1e-2, 2e-2, 4e-2]
+RATES = [1e-2, 2e-2, 4e-2, 8e-2]
 LEARNERS = (OURS, OURS_CONSTANT, "sparsify", "sparsify, Adam", "dictionary_learning", "SAELens")
 SWEEP_SEED, SEEDS = 100, (0, 1, 2)
 RUN = ("who", "lr", "seed", "marks", "active")  # what tells finished runs apart
