@@ -39,8 +39,8 @@ STAGE: dict[str, Any] = {
     **{"warmup_share": 0.05, "decay_share": 0.95, "decay_shape": "cosine", "final_lr_share": 0.1},
 }
 RECIPES = {
-    "shakespeare": Recipe(SHAPE, {**STAGE, "steps": 320}),
-    "books": Recipe(SHAPE, {**STAGE, "steps": 320}),
+    "shakespeare": Recipe(SHAPE, {**STAGE, "steps": 256}),
+    "books": Recipe(SHAPE, {**STAGE, "steps": 256}),
 }
 ATTEMPTS = 4  # at a run that others disturb
 GOAL = "<= 1/3 of the time, no higher loss"
