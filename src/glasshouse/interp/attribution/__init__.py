@@ -8,7 +8,7 @@ from glasshouse.interp.attribution.direct import (
     direct_logit_attribution,
 )
 from glasshouse.interp.attribution.effects import Effects
-from glasshouse.interp.attribution.gradients import activation_gradients, frozen
+from glasshouse.interp.attribution.gradients import activation_gradients
 from glasshouse.interp.attribution.induction import InductionScores, induction_scores
 from glasshouse.interp.attribution.integrated import (
     TokenAttribution,
@@ -28,6 +28,7 @@ from glasshouse.interp.attribution.patch import ablate, patch_activations
 from glasshouse.interp.attribution.paths import path_patching
 from glasshouse.interp.attribution.patterns import AttentionPatterns, attention_pattern_view
 from glasshouse.interp.attribution.places import Place, attention_inputs, components, stream
+from glasshouse.interp.reading.gradients import frozen
 
 __all__ = [
     "AttentionPatterns",

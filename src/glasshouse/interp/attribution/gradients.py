@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from glasshouse.base.errors import UsageError
 from glasshouse.interp.metric import Metric
+from glasshouse.interp.reading.gradients import frozen
 from glasshouse.model import GPT, Taps
 from glasshouse.model.taps import Edit
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter wants a gradient inside; afterwards each wants what it wanted before."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for p in wanted:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in wanted:
-            p.requires_grad_(True)
 
 
 def leaf(x: Tensor) -> Tensor:

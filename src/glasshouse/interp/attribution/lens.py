@@ -24,8 +24,8 @@ from glasshouse.base.errors import CheckpointError, TrainingError, UsageError
 from glasshouse.base.score import Score, bootstrap
 from glasshouse.draw import Axes, Series, line_chart
 from glasshouse.draw.svg import el, figure, shorten, styled, text
-from glasshouse.interp.attribution.gradients import frozen
 from glasshouse.interp.attribution.rerun import check_rows, row_chunks
+from glasshouse.interp.reading.gradients import frozen
 from glasshouse.model import GPT, Taps
 from glasshouse.model.digest import weights_digest
 from glasshouse.model.weights import read_safetensors, write_safetensors
