@@ -6,7 +6,6 @@ be kept, checked again on any later checkpoint, and compared.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,9 +21,9 @@ from glasshouse.draw import STYLE, esc, label
 from glasshouse.draw.network import Link, Node, network
 from glasshouse.draw.table import table
 from glasshouse.interp.circuits.graph import Graph
+from glasshouse.interp.formats.mib import read_circuit
 from glasshouse.model import GPT
 from glasshouse.model.digest import weights_digest
-from glasshouse.model.weights import read_json
 
 DRAWN = 150  # edges in a picture; more are only ink
 
@@ -135,25 +134,20 @@ class Circuit:
 
     @classmethod
     def load(cls, path: str | Path) -> Circuit:
-        """Read what `save` wrote, or MIB's own files. CheckpointError names file, key and what is wrong."""
-        data, where = read_json(path), str(path)
-        graph = _graph(data, where)
-        edges = data.get("edges")
-        if not isinstance(edges, dict) or set(edges) - set(graph.edges):
-            odd = min(set(edges) - set(graph.edges)) if isinstance(edges, dict) else "nothing"
-            raise CheckpointError(f"{where}: edges: a model of this shape has no edge {odd!r}")
+        """Read what `save` wrote, or MIB's own files. CheckpointError names file, key and what is wrong.
+
+        Of a file that was not pruned, edges at nodes that it leaves out are not in the circuit.
+        """
+        file = read_circuit(path)
+        shape = file.shape
+        graph = Graph(
+            shape.n_layer, shape.n_head, shape.d_model, shape.parallel, split_input=shape.split_input
+        )
         scores, kept = np.zeros(len(graph.edges)), np.zeros(len(graph.edges), dtype=bool)
-        for name, value in edges.items():
-            score, inside = (
-                (value.get("score"), value.get("in_graph")) if isinstance(value, dict) else (None, 0)
-            )
-            number = isinstance(score, (int, float)) and not isinstance(score, bool) and math.isfinite(score)
-            if not number or not isinstance(inside, bool):
-                raise CheckpointError(
-                    f"{where}: edges.{name} needs a finite 'score' and a boolean 'in_graph'"
-                )
-            scores[graph.number[name]], kept[graph.number[name]] = score, inside
-        return cls(graph, scores, kept, *_facts(data.get("glasshouse"), where))
+        for name, edge in file.edges.items():
+            scores[graph.number[name]] = edge.score
+        kept[graph.find(sorted(file.inside))] = True
+        return cls(graph, scores, kept, *_facts(file.facts or None, str(path)))
 
     def diff(self, other: Circuit) -> CircuitDiff:
         """What another circuit has more, has less and shares. UsageError for another shape of model."""
@@ -229,20 +223,6 @@ class CircuitDiff:
 def measured(circuit: Circuit, recovered: Score) -> Circuit:
     """The circuit with its measured faithfulness."""
     return replace(circuit, recovered=recovered)
-
-
-def _graph(data: Mapping[str, Any], where: str) -> Graph:
-    cfg, facts = data.get("cfg"), data.get("glasshouse") or {}
-    kinds = {"n_layers": int, "n_heads": int, "d_model": int, "parallel_attn_mlp": bool}
-    if not isinstance(cfg, dict) or not isinstance(facts, dict):
-        raise CheckpointError(f"{where}: 'cfg' is missing; this is no circuit file")
-    for key, kind in kinds.items():
-        if type(cfg.get(key)) is not kind or (kind is int and not 1 <= cfg[key] <= 2**16):
-            raise CheckpointError(f"{where}: cfg.{key} must be a {kind.__name__}, not {cfg.get(key)!r}")
-    if cfg["n_layers"] * cfg["n_heads"] > 2**14:
-        raise CheckpointError(f"{where}: {cfg['n_layers']} layers of {cfg['n_heads']} heads are absurd")
-    shape = (cfg["n_layers"], cfg["n_heads"], cfg["d_model"], cfg["parallel_attn_mlp"])
-    return Graph(*shape, split_input=facts.get("split_input") is True)
 
 
 def _facts(facts: Any, where: str) -> tuple[About, Score | None]:

@@ -20,8 +20,9 @@ from glasshouse.base.errors import CheckpointError, UsageError
 from glasshouse.model import GPTConfig
 from glasshouse.model.weights import read_json
 
-NODE = re.compile(r"input|logits|m(?P<mlp>\d{1,4})|a(?P<layer>\d{1,4})\.h(?P<head>\d{1,4})")
-EDGE = re.compile(r"(?P<source>[a-z0-9.]+)->(?P<target>[a-z0-9.]+)(?:<(?P<port>[qkv])>)?")
+NODE = re.compile(r"input|embed|pos_embed|logits|m(?P<mlp>\d{1,4})|a(?P<layer>\d{1,4})\.h(?P<head>\d{1,4})")
+EDGE = re.compile(r"(?P<source>[a-z0-9._]+)->(?P<target>[a-z0-9.]+)(?:<(?P<port>[qkv])>)?")
+MOST_HEADS = 2**14  # of all layers; a file that claims more would fill memory with names
 CFG = {"n_layers": int, "n_heads": int, "parallel_attn_mlp": bool, "d_model": int}
 
 
@@ -33,6 +34,7 @@ class Shape:
     n_head: int
     d_model: int
     parallel: bool = False
+    split_input: bool = False  # ours alone: token and position embeddings are two nodes, not one input
 
     @classmethod
     def of(cls, config: GPTConfig) -> Shape:
@@ -42,20 +44,25 @@ class Shape:
     @property
     def n_nodes(self) -> int:
         """Every head, every MLP, the input and the logits."""
-        return 2 + self.n_layer * (self.n_head + 1)
+        return len(self.inputs) + 1 + self.n_layer * (self.n_head + 1)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The nodes before the first block."""
+        return ("embed", "pos_embed") if self.split_input else ("input",)
 
     @property
     def n_edges(self) -> int:
         """Edges into q, k and v of every head, into every MLP, and into the logits."""
         total = 0
         for layer in range(self.n_layer):
-            below = 1 + layer * (self.n_head + 1)  # nodes that write before this block
+            below = len(self.inputs) + layer * (self.n_head + 1)  # nodes that write before this block
             total += below * 3 * self.n_head + below + (0 if self.parallel else self.n_head)
         return total + self.n_nodes - 1
 
     def nodes(self) -> Iterator[str]:
         """All names of nodes, bottom up."""
-        yield "input"
+        yield from self.inputs
         for layer in range(self.n_layer):
             yield from (f"a{layer}.h{head}" for head in range(self.n_head))
             yield f"m{layer}"
@@ -64,12 +71,13 @@ class Shape:
     def check_node(self, name: str) -> tuple[int, int]:
         """When a node (reads, writes), in half blocks from the bottom. UsageError for a name not in it."""
         found = NODE.fullmatch(name)
-        if name == "input":
+        if name in self.inputs:
             return -1, 0
         if name == "logits":
             return 2 * self.n_layer, 2 * self.n_layer + 1
-        if found is not None and str(int(found["mlp"] or found["layer"])) == (found["mlp"] or found["layer"]):
-            layer = int(found["mlp"] or found["layer"])
+        number = (found["mlp"] or found["layer"]) if found is not None else None
+        if found is not None and number is not None and str(int(number)) == number:
+            layer = int(number)
             head = found["head"]
             fits = head is None or (int(head) < self.n_head and str(int(head)) == head)
             if layer < self.n_layer and fits:
@@ -77,7 +85,7 @@ class Shape:
                 return 2 * layer + late, 2 * layer + (2 if self.parallel or late else 1)
         raise UsageError(
             f"no node {name!r} in a model of {self.n_layer} layers and {self.n_head} heads; nodes are "
-            "'input', 'a0.h0', 'm0', 'logits'"
+            f"{', '.join(map(repr, self.inputs))}, 'a0.h0', 'm0', 'logits'"
         )
 
     def check_edge(self, name: str) -> tuple[str, str, str | None]:
@@ -89,7 +97,7 @@ class Shape:
         writes, reads = self.check_node(source)[1], self.check_node(target)[0]
         if (port is not None) != target.startswith("a"):
             raise UsageError(f"{name!r}: an edge into a head, and no other, says <q>, <k> or <v>")
-        if source == "logits" or target == "input" or writes > reads:
+        if source == "logits" or target in self.inputs or writes > reads:
             raise UsageError(f"{name!r}: {target} reads before {source} writes in this model")
         return source, target, port
 
@@ -178,7 +186,10 @@ def read_circuit(path: str | Path, shape: Shape | None = None) -> CircuitFile:
     """
     where = str(path)
     data = read_json(path)
-    found = _shape(_object(data, "cfg", where), f"{where}: cfg")
+    facts = data.get("glasshouse", {})
+    if not isinstance(facts, dict):
+        raise CheckpointError(f"{where}: 'glasshouse' must be an object")
+    found = _shape(_object(data, "cfg", where), facts.get("split_input") is True, f"{where}: cfg")
     if shape is not None and found != shape:
         raise CheckpointError(f"{where} is a circuit of {found}, not of {shape}")
     edges = {
@@ -187,9 +198,6 @@ def read_circuit(path: str | Path, shape: Shape | None = None) -> CircuitFile:
     nodes = {
         name: _node(raw, f"{where}: node {name!r}") for name, raw in _object(data, "nodes", where).items()
     }
-    facts = data.get("glasshouse", {})
-    if not isinstance(facts, dict):
-        raise CheckpointError(f"{where}: 'glasshouse' must be an object")
     try:
         return CircuitFile(found, edges, nodes, facts)
     except UsageError as error:
@@ -203,13 +211,15 @@ def _object(data: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
     return value
 
 
-def _shape(cfg: Mapping[str, Any], where: str) -> Shape:
+def _shape(cfg: Mapping[str, Any], split_input: bool, where: str) -> Shape:
     for key, kind in CFG.items():
         if type(cfg.get(key)) is not kind:
             raise CheckpointError(f"{where}: {key!r} must be {kind.__name__}, found {cfg.get(key)!r}")
         if kind is int and not 1 <= cfg[key] <= 10_000_000:
             raise CheckpointError(f"{where}: {key!r} is {cfg[key]}")
-    return Shape(cfg["n_layers"], cfg["n_heads"], cfg["d_model"], cfg["parallel_attn_mlp"])
+    if cfg["n_layers"] * cfg["n_heads"] > MOST_HEADS:
+        raise CheckpointError(f"{where}: {cfg['n_layers']} layers of {cfg['n_heads']} heads are absurd")
+    return Shape(cfg["n_layers"], cfg["n_heads"], cfg["d_model"], cfg["parallel_attn_mlp"], split_input)
 
 
 def _edge(raw: Any, where: str) -> ScoredEdge:
