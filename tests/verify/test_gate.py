@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from evals import oracle
 from glasshouse.base.canonical import canonical_json
 from glasshouse.base.digest import sha256_file
 from glasshouse.base.errors import Interrupted, VerificationError
@@ -347,3 +349,13 @@ def test_what_is_recorded_is_a_file_named_by_digest_and_short_verdicts(tmp_path:
 def test_a_gate_that_could_do_nothing_is_refused(key: str) -> None:
     with pytest.raises(ValueError, match="greater than or equal to 1"):
         GateConfig(**{key: 0})
+
+
+@pytest.mark.parametrize(("final", "dtype"), [(False, "bfloat16"), (True, "float32")])
+def test_gates_compute_as_training_does_and_promotion_as_the_export_is_served(
+    tmp_path: Path, final: bool, dtype: str
+) -> None:
+    """Whatever comes of the check (this model knows nothing), the verdict says what it was taken in."""
+    g = replace(gate(tmp_path, constraint()), tokenizer=oracle.tokenizer(), dtype="bf16")
+    (verdict,) = g.examine(oracle.model(), at(2, 80), (), 0, final)
+    assert verdict["dtype"] == dtype
