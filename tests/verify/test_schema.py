@@ -107,8 +107,8 @@ def test_a_control_is_needed_and_must_be_the_statistics_own(statistic: str) -> N
     [
         ({"bound": {"at_most": 0.1, "at_least": 0.2}}, "exactly one of"),
         ({"bound": {}}, "exactly one of"),
-        ({"bound": {"at_most": 1.0}}, "less than 1"),
-        ({"bound": {"at_most": 0}}, "greater than 0"),
+        ({"bound": {"at_most": 1.0}}, "strictly between 0 and 1"),
+        ({"bound": {"at_most": 0}}, "strictly between 0 and 1"),
         ({"bound": {"at_most": "0.1"}}, "number"),
         ({"bound": {"at_least": 0.5}}, "worst of many"),
         ({"alpha": 0.5}, "less than 0.5"),

@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from glasshouse.base.plan import DataPlan
 from glasshouse.base.rng import generator as rng_from
 from glasshouse.base.score import Score, rate
+from glasshouse.data import Shards
 from glasshouse.evals.prompts import Draw, Prompt, from_file, generator
 from glasshouse.evals.subject import Subject
+from glasshouse.model import GPT
 from glasshouse.verify.schema import Constraint, Status
 from glasshouse.verify.sequential import SequentialTest
 
 BATCH = 64  # outcomes between two looks of a sequential test; looking more often would only save prompts
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a check may look at beside the model itself. All of it is absent when a lone model is audited.
+
+    ``before()`` loads the last passing ancestor of the checkpoint, anew at every call. ``shards``, ``plan``
+    and ``step`` say what the stage has drawn from. ``kept`` is what this constraint's last verdict asked to
+    keep (`Finding.memory`), ``last`` the folder of the files it left and ``out`` the one for this gate's.
+    """
+
+    before: Callable[[], GPT] | None = None
+    shards: Shards | None = None
+    plan: DataPlan | None = None
+    step: int = 0
+    kept: Mapping[str, Any] = field(default_factory=dict)
+    last: Path | None = None
+    out: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +61,7 @@ class Examination:
     suspects: tuple[str, ...] = ()
     folder: Path = Path()
     passes: int | None = None
+    around: Surroundings = Surroundings()
 
     def rng(self, purpose: str) -> np.random.Generator:
         """Randomness for one purpose; search and confirmation never share prompts."""
@@ -77,6 +99,9 @@ class Finding:
     baseline: dict[str, Any] | None = None
     evidence: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
+    memory: dict[str, Any] = field(
+        default_factory=dict
+    )  # small; stands in the ledger, given to the next gate
 
 
 def from_test(test: SequentialTest, **more: Any) -> Finding:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -23,25 +23,13 @@ from glasshouse.model import GPT
 from glasshouse.model.hf import load_hf, save_hf
 from glasshouse.tokenizer import Tokenizer
 from glasshouse.train import Checkpoint, Decision, GateRecord, load_weights
-from glasshouse.verify.behaviour import grid_hole, written
-from glasshouse.verify.circuit import ablation_effect
+from glasshouse.verify.checks import CHECKS
 from glasshouse.verify.examination import Examination, Finding, error_share, settle
-from glasshouse.verify.representation import probe_auroc
 from glasshouse.verify.rollback import rollback_target
 from glasshouse.verify.schema import Asked, Constraint
-from glasshouse.verify.suppression import suppression
 from glasshouse.verify.trace import to_quarantine, trace
 
 log = logging.getLogger(__name__)
-CHECKS: dict[str, Callable[[Examination], Finding]] = {
-    "compliance_rate": written,
-    "refusal_rate": written,
-    "accuracy": written,
-    "grid_hole": grid_hole,
-    "probe_auroc": probe_auroc,
-    "ablation_effect": ablation_effect,
-    "suppression": suppression,
-}
 LADDER: tuple[Asked, ...] = get_args(Asked)
 
 
