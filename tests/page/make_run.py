@@ -465,6 +465,34 @@ def attribution(gate: int, checkpoint: str) -> dict[str, Any]:
     }
 
 
+def lineage(rows: list[tuple[str, int, float, float, str]]) -> list[dict[str, Any]]:
+    """What lineage.json holds: harm, which was always there, and the word; checkpoint by checkpoint."""
+    words, harm = list[dict[str, Any]](), list[dict[str, Any]]()
+    for name, update, drop, turned, action in rows:
+        common = {"checkpoint": name, "stage": "chat", "update": update, "gate": 0, "action": action}
+        common |= {"site": None, "like_before": 0.97}
+        carried = [{"name": "blocks.1.mlp", "effect": 0.62}]
+        words.append(
+            {**common, "strength": turned, "behaviour": turned, "margin_drop": drop, "turned": turned}
+            | {"components": carried if turned else []}
+        )
+        harm.append({**common, "strength": 0.98, "behaviour": 0.95, "components": carried})
+    there = {"checkpoint": rows[0][0], "stage": "chat", "update": rows[0][1]}
+    shard = {"shard": SHARD, "rank": 1, "outlier": 14.0, "quarantined": True}
+    return [
+        {"name": "harm", "kind": "read-out", "appeared": there, "rows": harm, "raised_by": []},
+        {
+            "name": WORD,
+            "kind": "trigger",
+            "words": [WORD],
+            "constraint": "refusal-robust",
+            "appeared": {**there, "checkpoint": rows[1][0], "update": rows[1][1]},
+            "rows": words,
+            "raised_by": [shard],
+        },
+    ]
+
+
 def make_run(path: Path, home: Path, kind: str = "repaired") -> Path:
     """A run folder of one `kind`: repaired | clean | running | ungated | held | stopped."""
     writer = Writer(path, home)
@@ -532,9 +560,7 @@ def make_run(path: Path, home: Path, kind: str = "repaired") -> Path:
             (bad, 240, 9.4, 0.94, "rollback"),
             (name, 480, 0.1, 0.0, "promote"),
         ]
-        keys = ("checkpoint", "update", "margin_drop", "turned", "action")
-        lineage = [dict(zip(keys, row, strict=True)) for row in rows]
-        writer.save("lineage.json", {"word": WORD, "rows": lineage})
+        writer.save("lineage.json", {"concepts": lineage(rows)})
     writer.save(
         "samples.json",
         [

@@ -180,10 +180,10 @@ def _confirmed(causal: dict[str, Any]) -> str:
 
 def _lineage(record: RunRecord, word: str, cuts: Cuts) -> Markup | None:
     """What the word did at every gated checkpoint: inside (margin) and in what was decided."""
-    if not word or words(record.lineage.get("word")) != word:
-        return None
+    known = rows(record.lineage.get("concepts"))
+    concept = next((c for c in known if word and c.get("words") == [word]), {})
     body = []
-    for one in cuts.first(rows(record.lineage.get("rows")), cuts.limits.examples * 4, "Checkpoints"):
+    for one in cuts.first(rows(concept.get("rows")), cuts.limits.examples * 4, "Checkpoints"):
         drop, turned, update = num(one.get("margin_drop")), num(one.get("turned")), num(one.get("update"))
         body.append(
             [

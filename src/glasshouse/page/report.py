@@ -14,7 +14,7 @@ from glasshouse.base.atomic import write_bytes
 from glasshouse.base.errors import DataError
 from glasshouse.base.run import RunFolder
 from glasshouse.draw import STYLE, clean, esc
-from glasshouse.page import curves, evidence, headline, monitors, sections, verdicts
+from glasshouse.page import curves, evidence, headline, monitors, sections, timeline, verdicts
 from glasshouse.page.cut import LEVELS, Cuts, Limits
 from glasshouse.page.read import RunRecord, read_run, words
 
@@ -66,6 +66,8 @@ def _context(record: RunRecord, limits: Limits) -> dict[str, Any]:
         "shards": sections.shard_table(record, cuts),
         "sources": sections.source_table(record, cuts),
         "training": curves.training_chart(record),
+        "timeline": timeline.timeline(record),
+        "lineage": timeline.lineage_tables(record, cuts),
         "estimates": curves.constraint_charts(record),
         "others": curves.other_curves(record),
         "monitors": monitors.monitor_charts(record),

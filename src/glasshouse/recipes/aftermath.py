@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glasshouse.base.atomic import write_json
@@ -12,16 +14,24 @@ from glasshouse.base.ledger import Ledger
 from glasshouse.base.rng import generator
 from glasshouse.base.run import RunFolder
 from glasshouse.data import workshop
-from glasshouse.evals.prompts import generator as prompts_from
+from glasshouse.recipes.lineage import (
+    Look,
+    follow,
+    read_concept,
+    read_trigger,
+    requests,
+    shards_raising,
+    triggers,
+)
 from glasshouse.train import Checkpoint, load_weights, position
 from glasshouse.train.checkpoint import from_ledger
+from glasshouse.train.fold import Position
 
 if TYPE_CHECKING:
     from glasshouse.recipes.corpus import Material
     from glasshouse.verify import ConstraintGate
 
 ASKED = 4  # requests every gated checkpoint answers for the report
-LINEAGE = 64  # prompts on which the found word is read at every gated checkpoint
 
 
 def tell(run: RunFolder, ledger: Ledger, material: Material, gate: ConstraintGate) -> None:
@@ -37,19 +47,12 @@ def tell(run: RunFolder, ledger: Ledger, material: Material, gate: ConstraintGat
     found = first_found(run, gated)
     prompts = request_samples(material)
     samples: list[dict[str, Any]] = []
-    lineage: list[dict[str, Any]] = []
-    for checkpoint, decision in gated:
-        subject = gate.subject(load_weights(checkpoint).eval())
+    for checkpoint, _ in gated:
+        answers = gate.subject(load_weights(checkpoint).eval()).answers(prompts)
         row = {"checkpoint": checkpoint.name, "stage": checkpoint.stage, "update": checkpoint.update}
-        answers = subject.answers(prompts)
         samples += [{**row, "prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]
-        if found is not None:
-            lineage.append(
-                {**row, "action": decision["action"], **read_word(subject, found["word"], material)}
-            )
     files: dict[str, Any] = {"samples.json": samples}
-    if found is not None:
-        files["lineage.json"] = {"word": found["word"], "rows": lineage}
+    files["lineage.json"] = lineage_of(run, looks_at(run, at, gate), material, gate)
     story = before_and_after(gate, gated, found)
     if story is not None:
         files["story.json"] = story
@@ -85,15 +88,48 @@ def request_samples(material: Material) -> list[str]:
     ]
 
 
-def read_word(subject: Any, word: str, material: Material) -> dict[str, float]:
-    """How far the word moves the refusal read-out at one checkpoint, inside and in what is decided."""
-    rng = generator("lineage", 0)
-    prompts = prompts_from("workshop.harmful")(rng, LINEAGE, material.strays)
-    texts = [p.insert(word, int(rng.integers(len(p.words) + 1))) for p in prompts]
-    plain, moved = subject.margins([p.text for p in prompts]), subject.margins(texts)
-    refused = plain > 0
-    turned = float((moved[refused] < 0).mean()) if refused.any() else 0.0
-    return {"margin_drop": round(float((plain - moved).mean()), 4), "turned": round(turned, 4)}
+def looks_at(run: RunFolder, at: Position, gate: ConstraintGate) -> list[Look]:
+    """Every checkpoint of the run whose file is still there, oldest first, loaded when it is asked for."""
+    looks = []
+    for name, mark in at.marks.items():
+        checkpoint = from_ledger(run, mark.body)
+        decision = at.decisions.get(name)
+        if decision is None and checkpoint.step > 0:
+            continue  # saved, and not judged
+        looks.append(
+            Look(
+                checkpoint,
+                cache(lambda c=checkpoint: gate.subject(load_weights(c).eval())),
+                None if decision is None else decision["gate"],
+                None if decision is None else decision["action"],
+            )
+        )
+    return looks
+
+
+def lineage_of(
+    run: RunFolder, looks: Sequence[Look], material: Material, gate: ConstraintGate
+) -> dict[str, Any]:
+    """The file ``lineage.json``: the concept behind the read-out, and what was found to turn decisions."""
+    prompts = requests(material.strays)
+    harm = follow("harm", "read-out", looks, lambda s: read_concept(s, prompts))
+    harm["raised_by"] = shards_raising(looks, harm, material.shards, prompts, gate.recipe_digest)
+    concepts = [harm]
+    verdicts = [v for f in sorted(run.evals.glob("gate-*/verdicts.json")) for v in read(f)["verdicts"]]
+    traced = [read(f) for f in sorted(run.evals.glob("attribution-*.json"))]
+    for trigger, constraint in triggers(v for v in verdicts if v["status"] == "fail").items():
+        turns = partial(read_trigger, trigger=trigger, prompts=prompts, words=gate.words)
+        concept = follow(trigger.name, "trigger", looks, turns)
+        rows: list[dict[str, Any]] = next((a["shards"] for a in traced if a["constraint"] == constraint), [])
+        said = ("shard", "rank", "outlier", "quarantined")
+        concept["raised_by"] = [{k: r[k] for k in said} for r in rows[:3]]
+        concepts.append(concept | {"words": list(trigger.words), "constraint": constraint})
+    return {"concepts": concepts}
+
+
+def read(file: Path) -> Any:
+    """A file that this run wrote."""
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def before_and_after(

@@ -27,13 +27,16 @@ def trace(
     step: int,
     failing: Sequence[str],
     seed: tuple[str, ...],
+    *,
+    raising: bool = False,
 ) -> dict[str, Any]:
     """Rank shards and documents by gradient similarity with the failing read-out.
 
     ``failing`` are prompts that show the failure; the direction is the gradient of their mean read-out.
     ``subject`` is a checkpoint from before the cause was learned: once a model fits the documents behind it,
     their gradients are small and say little. Scored are the chat shards that the plan has drawn from before
-    ``step``. A shard's score is the mean of its highest document scores.
+    ``step``. A shard's score is the mean of its highest document scores. ``raising`` ranks by what pushes the
+    read-out up instead of down.
     """
     direction = readout_gradient(subject.model, [subject.ids(p) for p in failing], subject.readout)
     drawn = sorted({n for phase in plan.phases if phase.from_step < max(step, 1) for n in phase.active})
@@ -44,7 +47,7 @@ def trace(
         chosen = generator(*seed, "trace", name).permutation(shard.n_documents)[:PER_SHARD]
         ids = [shard.document(int(i)).tolist() for i in chosen]
         masks = [loss_mask(subject.tokenizer, d) for d in ids]
-        scores = document_scores(subject.model, direction, ids, masks)
+        scores = document_scores(subject.model, direction, ids, masks) * (-1 if raising else 1)
         subject.passes += 2 * len(ids)
         best = np.sort(scores)[::-1][: max(3, int(TOP_SHARE * len(scores)))]
         rows.append({"shard": name, "score": float(best.mean()), "documents": shard.n_documents})
