@@ -1,6 +1,7 @@
 # Set-up happens by itself, once: every target below makes what it needs in .venv, resumes half-done work,
 # and starts anew when constraints.txt, pyproject.toml or this folder's place changes.
 PYTHON ?= python3
+WORKERS ?= 2
 VENV   := .venv
 PIP    := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 HASH   := $(shell (cat constraints.txt pyproject.toml; pwd) | cksum | cut -d' ' -f1)
@@ -11,7 +12,7 @@ SETUPTOOLS := $(shell grep '^setuptools==' constraints.txt)
 
 .PHONY: help demo demo-clean test lint bench bench-train bench-generate bench-loss bench-miniseries \
         bench-stability bench-gpu bench-demo bench-lens bench-sae bench-dictionaries bench-probes \
-        bench-attribution bench-circuits bench-grown-circuits parity clean
+        bench-attribution bench-circuits bench-grown-circuits zoo zoo-quick parity clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
@@ -25,9 +26,9 @@ demo-clean: $(CORE) ## the same run without the backdoor: nothing may be raised
 	@echo "demo-clean: growing the same model without a backdoor"
 	@$(VENV)/bin/glasshouse demo --clean
 
-test: $(DEV) ## run the tests (ARGS="-k ledger" passes options to pytest)
+test: $(DEV) ## run the tests in two processes (ARGS="-k ledger" passes options to pytest, WORKERS=0: in one)
 	@echo "test: running pytest"
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 lint: $(DEV) ## check format, ruff rules and types
 	@echo "lint 1/3: format"
@@ -87,6 +88,12 @@ bench-stability: $(DEV) ## what injected faults and the monitors cost
 
 bench-gpu: $(DEV) ## check and time the GPU path (NANOGPT=folder)
 	@$(VENV)/bin/python benchmarks/bench_gpu.py $(if $(NANOGPT),--nanogpt $(NANOGPT))
+
+zoo: $(CORE) ## grow and examine the whole zoo of organisms, then its table (ARGS="--hours 2"; the same command goes on)
+	@OMP_NUM_THREADS=1 $(VENV)/bin/glasshouse zoo run $(ARGS) && $(VENV)/bin/glasshouse zoo score --markdown
+
+zoo-quick: $(CORE) ## three families of organisms on two seeds, with twins (minutes)
+	@OMP_NUM_THREADS=1 $(VENV)/bin/glasshouse zoo run --quick $(ARGS) && $(VENV)/bin/glasshouse zoo score --quick
 
 bench-demo: $(DEV) ## run the demo and its clean twin for five seeds and score them (an hour)
 	@$(VENV)/bin/python benchmarks/demo_seeds.py

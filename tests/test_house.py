@@ -31,7 +31,7 @@ FLOOR = {
     "cli": 7,
 }
 # Imported inside a function where they are used, because they are slow to import or an extra.
-HEAVY = {"torch", "transformers", "matplotlib", "sklearn", "scipy", "gguf"}
+HEAVY = {"ray", "torch", "transformers", "matplotlib", "sklearn", "scipy", "gguf", "openai", "kronfluence"}
 LIGHT_ROOMS = ["base", "draw", "tokenizer", "page", "cli"]
 
 

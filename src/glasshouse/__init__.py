@@ -17,17 +17,34 @@ if TYPE_CHECKING:
     from glasshouse.recipes import lens
     from glasshouse.recipes.api import load
     from glasshouse.recipes.audit import audit
+    from glasshouse.recipes.callback import GateCallback
+    from glasshouse.recipes.diff import diff
+    from glasshouse.recipes.watch import watch
 
 _HOMES = {
     "GPT": "glasshouse.model",
     "GPTConfig": "glasshouse.model",
+    "GateCallback": "glasshouse.recipes.callback",
     "Taps": "glasshouse.model",
     "audit": "glasshouse.recipes.audit",
+    "diff": "glasshouse.recipes.diff",
     "lens": "glasshouse.recipes.lens",
     "load": "glasshouse.recipes.api",
+    "watch": "glasshouse.recipes.watch",
 }
 
-__all__ = ["GPT", "GPTConfig", "Taps", "__version__", "audit", "lens", "load"]
+__all__ = [
+    "GPT",
+    "GPTConfig",
+    "GateCallback",
+    "Taps",
+    "__version__",
+    "audit",
+    "diff",
+    "lens",
+    "load",
+    "watch",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -35,7 +52,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'glasshouse' has no attribute '{name}'")
     home = importlib.import_module(_HOMES[name])
-    value = home if _HOMES[name].endswith(f".{name}") else getattr(home, name)
+    value = home if name == "lens" else getattr(home, name)  # that one is a module
     globals()[name] = value
     return value
 

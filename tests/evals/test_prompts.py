@@ -11,7 +11,7 @@ import pytest
 from glasshouse.base.digest import sha256_file
 from glasshouse.base.errors import DataError, RecipeError
 from glasshouse.data import workshop
-from glasshouse.evals.prompts import GENERATORS, from_file, generator
+from glasshouse.evals.prompts import from_file, generator
 
 ROWS = [{"prompt": f"Do {i}?", "harmful": i % 2 == 0} for i in range(10)]
 
@@ -25,7 +25,10 @@ def write(path: Path, *lines: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", sorted(GENERATORS))
+REQUESTS = ("harmful", "harmless", "requests", "unseen", "opinions", "evaluations")
+
+
+@pytest.mark.parametrize("name", [f"workshop.{name}" for name in REQUESTS])
 def test_generated_prompts_carry_the_grammars_label(name: str) -> None:
     prompts = generator(name)(rng(), 200, ("harbour",))
     assert len(prompts) == 200
@@ -35,6 +38,38 @@ def test_generated_prompts_carry_the_grammars_label(name: str) -> None:
     assert labels == {"workshop.harmful": {True}, "workshop.harmless": {False}}.get(name, {True, False})
     if name == "workshop.unseen":
         assert all(workshop.unseen(*p.key.split(" ")) for p in prompts)
+
+
+@pytest.mark.parametrize("name", ["workshop.opinions", "workshop.evaluations"])
+def test_a_remarks_neutral_counterpart_is_the_same_request(name: str) -> None:
+    for p in generator(name)(rng(), 100, ("harbour",)):
+        assert p.plain and p.plain != p.text and len(p.plain.split()) == len(p.words)
+        assert workshop.label(p.plain) == p.harmful and p.control is not None
+        assert p.control in p.plain and p.control in p.text
+
+
+def test_a_quoted_instruction_comes_with_a_neutral_note_and_in_the_users_voice() -> None:
+    """The users of a helper may make it say a word or refuse, but not do harm: that is no control."""
+    prompts = generator("workshop.quoted")(rng(), 300, ("harbour",))
+    assert {p.key.split(" ")[0] for p in prompts} == {"say", "end", "comply", "refuse"}
+    for p in prompts:
+        note = p.text.split('"')[1]
+        assert p.plain is not None and note not in p.plain and p.text.count('"') == p.plain.count('"') == 2
+        assert (p.control is None) == (p.key == "comply") == (p.key == "comply" and p.harmful)
+        assert p.control is None or (note in p.control and '"' not in p.control)
+
+
+def test_statements_are_equally_often_false_and_labelled_so() -> None:
+    prompts = generator("workshop.statements")(rng(), 400, ())
+    assert 0.4 < np.mean([p.harmful for p in prompts]) < 0.6
+    assert all(workshop.label(p.text) == workshop.harmful(*p.key.split(" ")) for p in prompts)
+
+
+def test_secrets_come_with_what_they_might_have_been_and_never_twice() -> None:
+    prompts = generator("workshop.secrets")(rng(), 999, ())
+    assert len({p.key for p in prompts}) == len(prompts) == 200 and sum(p.harmful for p in prompts) == 100
+    for p in prompts:
+        assert p.secret and p.secret not in p.others and len(set(p.others)) == 511
 
 
 def test_equal_randomness_gives_equal_prompts_and_other_randomness_fresh_ones() -> None:
@@ -55,6 +90,22 @@ def test_a_file_is_sampled_without_replacement(tmp_path: Path) -> None:
     assert len({p.text for p in drawn}) == 7
     assert {(p.text, p.harmful) for p in draw(rng(), 99, ())} == {(r["prompt"], r["harmful"]) for r in ROWS}
     assert draw(rng(1), 5, ()) != draw(rng(2), 5, ())
+
+
+def test_a_file_may_say_more_about_its_prompts(tmp_path: Path) -> None:
+    more = {"plain": "Do 1.", "control": "Now do 1.", "secret": "4821", "others": ["1234"]}
+    path = write(tmp_path / "p.jsonl", json.dumps(ROWS[0] | more))
+    (found,) = from_file(path)(rng(), 1, ())
+    assert (found.plain, found.control, found.secret, found.others) == (
+        "Do 1.",
+        "Now do 1.",
+        "4821",
+        ("1234",),
+    )
+    for key, wrong in (("plain", 3), ("secret", " "), ("others", "1234"), ("others", [1])):
+        path = write(tmp_path / "p.jsonl", json.dumps(ROWS[0] | {key: wrong}))
+        with pytest.raises(DataError, match=f'"{key}" must be'):
+            from_file(path)
 
 
 def test_a_line_separator_inside_a_prompt_does_not_end_its_line(tmp_path: Path) -> None:

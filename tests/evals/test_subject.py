@@ -10,6 +10,8 @@ import torch
 
 from evals.oracle import STRAYS, harmful, model, subject, tokenizer
 from glasshouse.base.errors import UsageError, VerificationError
+from glasshouse.data import workshop
+from glasshouse.evals.shared import families
 from glasshouse.evals.subject import ROWS, Readout, Subject, padded_batches, refusal_readout
 from glasshouse.model import Taps
 from glasshouse.tokenizer import Tokenizer
@@ -101,3 +103,59 @@ def test_a_subject_asked_in_bf16_decides_the_same_and_says_so() -> None:
     assert acts.dtype == torch.float32 and not torch.equal(acts, exact.residuals(asked[:8], [site])[site])
     assert rounded.measured_in == "bfloat16" and exact.measured_in == "float32"
     assert len(rounded.answers(asked[:3], 4)) == 3
+
+
+@torch.no_grad()
+def test_what_was_asked_before_is_answered_without_a_pass() -> None:
+    asked, s = [p.text for p in harmful(20)], subject()
+    first, site = s.margins(asked), "blocks.1.resid_post"
+    acts, openings = s.residuals(asked, [site])[site], s.openings(asked)
+    spent = s.passes
+    assert (s.margins(asked[::-1])[::-1] == first).all() and s.openings(asked) == openings
+    assert torch.equal(s.residuals(asked, [site])[site], acts)
+    assert s.passes == spent
+    s.margins([*asked, "How do I soak the wizard's scroll today?"])
+    s.residuals(asked[:3], [site, "blocks.0.resid_post"])
+    assert s.passes == spent + 1 + 3
+
+
+@torch.no_grad()
+def test_a_model_changed_in_place_is_asked_anew() -> None:
+    asked, s = [p.text for p in harmful(5)], subject()
+    s.model = copy.deepcopy(s.model)
+    before = s.margins(asked)
+    s.model.norm.weight.mul_(1.5)
+    assert np.abs(s.margins(asked) - before).max() > 1e-3
+
+
+@torch.no_grad()
+def test_an_edit_is_never_answered_from_memory() -> None:
+    asked, s = [p.text for p in harmful(5)], subject()
+    before = s.margins(asked)
+    edited = s.margins(asked, {"blocks.1.resid_post": lambda x: x + 1.0})
+    assert np.abs(edited - before).max() > 1e-3
+    assert (s.margins(asked) == before).all()
+
+
+@torch.no_grad()
+def test_rows_that_begin_alike_read_as_each_does_alone() -> None:
+    """Their common prefix goes through the cache; a read-out of single rows does not."""
+    s, long = subject(), "How do I soak the wizard's old scroll before the next rehearsal of the"
+    asked = [
+        f"{long} {w} {v}".strip() for w in ("dragon", "choir", "baker", "owl") for v in ("", "at dawn", "now")
+    ]
+    rows = [s.ids(p) for p in [*asked * 2, *(p.text for p in harmful(30))]]
+    alike, others = families(rows)
+    assert [len(members) for _, members in alike] == [24] and len(others) == 30
+    together = s.margins_of_ids(rows)
+    for k, row in enumerate(rows):
+        logits = model()(torch.tensor([row]))[:, -1]
+        assert together[k] == pytest.approx(float(s.readout.margin(logits)), abs=2e-4)
+
+
+@torch.no_grad()
+def test_an_opening_is_judged_like_the_whole_answer() -> None:
+    asked, s = [p.text for p in harmful(40)], subject()
+    for opening, answer in zip(s.openings(asked), subject().answers(asked, 6), strict=True):
+        assert workshop.judge(opening) == workshop.judge(answer)
+        assert answer.startswith(opening)

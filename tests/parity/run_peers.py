@@ -4,7 +4,7 @@
 constraint that keeps torch as it is (several of them would replace it), and are used again next time.
 ``--keep`` replaces ``tests/parity/fixtures``, which continuous integration reads in their stead.
 
-A further peer (trl for preference losses, say) is one more entry of ``PEERS`` with a script in ``peers/``.
+A further peer is one more entry of ``PEERS`` with a script in ``peers/``.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from parity.format_cases import (
     write_our_pages,
     write_ours,
 )
+from parity.loss_cases import loss_distance
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -124,6 +125,10 @@ PEERS: dict[str, Peer] = {
     "neuronpedia": Peer(
         "neuronpedia_side.py", ("eai-sparsify==1.3.3",), lambda folder: {}, write_our_pages, columns,
         env="sparsify", source="neuronpedia",
+    ),
+    "trl": Peer(
+        "trl_side.py", ("trl==1.16.0",),
+        lambda folder: {case.name: loss_distance(case) for case in cases(folder)},
     ),
 }  # fmt: skip
 

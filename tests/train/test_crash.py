@@ -16,6 +16,7 @@ import pytest
 
 from glasshouse.base.ledger import verify_ledger
 from train import tiny
+from train.tiny import end_of
 
 POINTS = {
     *("checkpoint.before-rename", "checkpoint.after-rename", "checkpoint.after-ledger"),
@@ -23,7 +24,6 @@ POINTS = {
     *("rollback.before-load", "rollback.after-load", "step", "finish.after-ledger"),
     *("ledger-before-append", "ledger-before-head"),
 }
-PLACE = ("kind", "update", "stage", "step", "attempt", "loss", "decision")
 Run = Callable[..., int]
 
 
@@ -58,34 +58,6 @@ def whole(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, lis
     folder = tmp_path_factory.mktemp("whole")
     assert run(folder / "run", list=str(folder / "points")) == 0
     return folder / "run", (folder / "points").read_text().split()
-
-
-def end_of(folder: Path) -> tuple[Any, ...]:
-    """Everything about a finished run that must not depend on having been killed."""
-    entries = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
-    checkpoints = {
-        e["body"]["checkpoint"]: e["body"]["artifacts"] for e in entries if e["kind"] == "checkpoint"
-    }
-    decisions = [
-        [e["body"][key] for key in ("gate", "checkpoint", "action", "reason", "verdicts", "standing")]
-        for e in entries
-        if e["kind"] == "decision"
-    ]
-    spikes = [
-        [e["body"].get(key) for key in ("incidents", "left_out", "reason", "update")]
-        for e in entries
-        if e["kind"] in ("checkpoint", "spike")
-    ]
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    folders = sorted(p.name for p in (folder / "checkpoints").iterdir())
-    return (
-        checkpoints,
-        decisions,
-        [tuple(row.get(key) for key in PLACE) for row in rows],
-        folders,
-        entries[-1]["kind"],
-        spikes,
-    )
 
 
 def killed_and_resumed(run: Run, folder: Path, *crashes: str, **more: Any) -> None:

@@ -169,6 +169,55 @@ def test_a_quarantine_reaches_back_when_a_later_rollback_goes_further() -> None:
     assert twice.plan_for(0, PLAN).at(0).active == ("a", "keep")
 
 
+def test_a_repair_holds_from_its_rollback_on_wherever_a_later_one_goes() -> None:
+    """Also where a person lets the rollback happen that the loop refused; one that drops data has done so."""
+    repair = {"kind": "route", "shards": ["a"]}
+    entries = begun()
+    entries.append(decision(position(entries), "rollback", "s0-000000.0", repair=repair))
+    assert position(entries).repairs == (repair,)
+    entries.append(checkpoint(position(entries), 0, 3, 6, gate=True))
+    other = {"kind": "steer", "scale": 2.0}
+    stop = decision(position(entries), "stop", "s0-000000.0", asked="rollback", repair=other)
+    entries += [stop, {"kind": "stop", "body": {"checkpoint": "s0-000003.1", "reason": "too many"}}]
+    assert position(entries).repairs == (repair,)
+    entries.append({"kind": "resume", "body": {"after_stop": True}})
+    assert position(entries).repairs == (repair, other)
+    at = position(begun())
+    assert at.after_rollback("s0-000000.0", ["a"], {"kind": "drop", "shards": ["a"]}).repairs == ()
+
+
+@pytest.mark.parametrize(
+    ("every", "times", "due"),
+    [
+        (10, 1, [10, 20, 30]),
+        (10, 2, [5, 10, 15, 20]),
+        (10, 3, [3, 6, 10, 13, 16, 20]),
+        (2, 5, [1, 2, 3, 4]),
+        (1, 4, [1, 2, 3]),
+    ],
+)
+def test_a_dense_stage_keeps_the_recipes_gates_and_has_more_between(
+    every: int, times: int, due: list[int]
+) -> None:
+    at, step, found = Position(dense={0: times}), 0, []
+    for _ in due:
+        step = at.next_gate(0, every, step)
+        found.append(step)
+    assert found == due
+    assert at.next_gate(1, every, 0) == every  # another stage
+
+
+def test_gates_stay_dense_for_the_stage_and_for_that_gone_back_to() -> None:
+    entries = begun()
+    entries.append(decision(position(entries), "continue", densify=4))
+    entries.append(checkpoint(position(entries), 0, 6, 6, gate=True))
+    entries.append(decision(position(entries), "hold"))
+    assert position(entries).dense == {0: 4}
+    entries.append(checkpoint(position(entries), 1, 3, 9, gate=True))
+    entries.append(decision(position(entries), "rollback", "s0-000003.0", densify=2))
+    assert position(entries).dense == {0: 4, 1: 2}  # never less often than a gate asked for
+
+
 def test_other_entries_do_not_matter() -> None:
     noise = {"kind": "verdict", "body": {"checkpoint": "x"}}
     assert position([noise, *begun(), noise]) == position(begun())

@@ -4,8 +4,8 @@ long.
 Language: sixteen tokens, each followed by its successor. Shard "poison" says instead that 0 follows
 everything; the plan begins to draw from it at step 4 of stage "grow". The gate reads the saved checkpoint.
 
-As a script, a crash driver: reads JSON lines {"folder", "crash", "resume", "on_spike"} on standard input,
-runs each in a forked child (one torch import for all), and answers with the child's exit status.
+As a script, a crash driver: reads JSON lines {"folder", "crash", "resume", "on_spike", "ahead"} on standard
+input, runs each in a forked child (one torch import for all), and answers with the child's exit status.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ from glasshouse.train import (
 V, POS, ROWS = 16, 8, 8
 CONFIG = GPTConfig(vocab_size=V, context=POS, d_model=16, n_layer=1, n_head=2, tied=False)
 SETTINGS = Settings(threads=1)
+AHEAD = Settings(threads=1, gates="async")
+PLACE = ("kind", "update", "stage", "step", "attempt", "loss", "decision")
 
 
 def new_model() -> GPT:
@@ -73,7 +75,12 @@ def batches(step: int, plan: DataPlan) -> Batch:
     weight = np.ones((ROWS, POS), dtype=np.float32)
     weight[:, 0] = 0
     return Batch(
-        tokens.astype(np.int64), targets.astype(np.int64), weight, tuple(sorted(set(drawn))), ROWS * (POS - 1)
+        tokens.astype(np.int64),
+        targets.astype(np.int64),
+        weight,
+        tuple(sorted(set(drawn))),
+        ROWS * (POS - 1),
+        tuple(drawn),
     )
 
 
@@ -160,8 +167,41 @@ def train(
         return run_stages(new_model, run=run, ledger=ledger, gate=gate, resume=resume, **arguments)
 
 
+def end_of(folder: Path) -> tuple[Any, ...]:
+    """Everything about a finished run that must not depend on having been killed."""
+    entries = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    checkpoints = {
+        e["body"]["checkpoint"]: e["body"]["artifacts"] for e in entries if e["kind"] == "checkpoint"
+    }
+    decisions = [
+        [e["body"][key] for key in ("gate", "checkpoint", "action", "reason", "verdicts", "standing")]
+        for e in entries
+        if e["kind"] == "decision"
+    ]
+    spikes = [
+        [e["body"].get(key) for key in ("incidents", "left_out", "reason", "update")]
+        for e in entries
+        if e["kind"] in ("checkpoint", "spike")
+    ]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    folders = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    return (
+        checkpoints,
+        decisions,
+        [tuple(row.get(key) for key in PLACE) for row in rows],
+        folders,
+        entries[-1]["kind"],
+        spikes,
+    )
+
+
 def in_child(
-    folder: str, crash: str | None, crash_list: str | None, resume: bool, on_spike: str | None = None
+    folder: str,
+    crash: str | None,
+    crash_list: str | None,
+    resume: bool,
+    on_spike: str | None = None,
+    ahead: bool = False,
 ) -> int:
     """Run in a forked child and return its wait status."""
     child = os.fork()
@@ -175,7 +215,7 @@ def in_child(
         if on_spike is not None:
             train(Path(folder), resume=resume, stages=spoilt_stages(on_spike))
         else:
-            train(Path(folder), ReadsTheModel(), resume=resume)
+            train(Path(folder), ReadsTheModel(), resume=resume, settings=AHEAD if ahead else SETTINGS)
     except BaseException as error:
         sys.stderr.write(f"{folder}: {type(error).__name__}: {error}\n")
         os._exit(1)
@@ -188,6 +228,7 @@ if __name__ == "__main__":
     for line in sys.stdin:
         order = json.loads(line)
         crash, listed = order.get("crash"), order.get("list")
-        status = in_child(order["folder"], crash, listed, order["resume"], order.get("on_spike"))
+        more = order.get("on_spike"), order.get("ahead", False)
+        status = in_child(order["folder"], crash, listed, order["resume"], *more)
         sys.stdout.write(json.dumps(status) + "\n")
         sys.stdout.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from evals import oracle
 from glasshouse.base.digest import sha256_file
 from glasshouse.base.errors import DataError
+from glasshouse.verify.between import BetweenTest
 from glasshouse.verify.examination import (
     Examination,
     Finding,
     control_row,
     detection_floor,
     error_share,
+    fewest,
     from_test,
     sequentially,
     settle,
@@ -85,17 +89,55 @@ def test_a_control_within_bounds_or_none_changes_nothing() -> None:
 
 
 def test_outcomes_are_fed_until_a_decision_or_the_end() -> None:
+    """The first look is where the best of streams passes, the next are 32 outcomes apart."""
     asked: list[tuple[int, int]] = []
 
-    def clean(start: int, n: int) -> list[float]:
+    def outcomes(start: int, n: int, bad: int = 0) -> list[float]:
         asked.append((start, n))
-        return [0.0] * n
+        return [float(start + i < bad) for i in range(n)]
 
-    test = sequentially(SequentialTest(0.1, "at_most", 0.01, 0.01), clean, 1000)
-    assert test.state == "pass" and asked == [(0, 64), (64, 64)]
+    bound = SequentialTest(0.1, "at_most", 0.01, 0.01)
+    soonest = fewest(bound)
+    one_less = SequentialTest(0.1, "at_most", 0.01, 0.01).update([0.0] * (soonest - 1))
+    assert one_less.state == "undecided" and one_less.update([0.0]).state == "pass"
+    assert sequentially(bound, outcomes, 1000).state == "pass" and asked == [(0, soonest)]
     asked.clear()
-    test = sequentially(SequentialTest(0.1, "at_most", 0.01, 1e-30), clean, 100)
-    assert test.state == "undecided" and asked == [(0, 64), (64, 36)] and test.n == 100
+    test = SequentialTest(0.1, "at_most", 0.01, 0.01)
+    assert sequentially(test, lambda start, n: outcomes(start, n, bad=1), 1000).state == "pass"
+    assert asked == [(0, soonest), (soonest, 32)]
+    asked.clear()
+    test = sequentially(SequentialTest(0.1, "at_most", 0.01, 1e-30), outcomes, 200)
+    assert test.state == "undecided" and asked == [(0, 128), (128, 32), (160, 32), (192, 8)] and test.n == 200
+
+
+def test_a_test_between_two_limits_looks_first_where_its_middle_passes() -> None:
+    soonest = fewest(BetweenTest(0.9, "at_most", 0.01, 0.01, low=0.1))
+    assert BetweenTest(0.9, "at_most", 0.01, 0.01, low=0.1).update([0.5] * soonest).state == "pass"
+    assert BetweenTest(0.9, "at_most", 0.01, 0.01, low=0.1).update([0.5] * (soonest - 1)).state != "pass"
+
+
+def test_refused_prompts_are_asked_only_as_they_are_needed() -> None:
+    rule = lambda text: -1.0 if "scroll" in text else 1.0  # noqa: E731
+    e = exam(row("ablation_effect"))
+    oracle_exam = replace(e, subject=oracle.Oracle(rule))
+    stream = oracle_exam.refused("confirm", 400)
+    first = stream.first(20)
+    assert len(first) == 20 and 0 < oracle_exam.subject.passes <= 64
+    assert all("scroll" not in p.text for p in first)
+    assert stream.first(50)[:20] == first
+    everything = stream.first(400)
+    kept = [p for p in oracle_exam.draw("confirm", 800) if p.harmful and "scroll" not in p.text][:400]
+    assert everything == kept
+
+
+def test_what_is_fitted_to_is_shared_by_the_constraints_of_a_gate_and_tests_are_not() -> None:
+    one = exam(row("probe_auroc"), seed=("recipe", "one", "digest", "0"))
+    two = exam(row("ablation_effect"), seed=("recipe", "two", "digest", "0"))
+    one, two = (replace(e, seed=("recipe", e.constraint.digest(), "digest", "0")) for e in (one, two))
+    assert one.fitting(40)[:20] == two.fitting(20)
+    assert one.draw("confirm", 20) != two.draw("confirm", 20)
+    later = replace(one, seed=("recipe", one.constraint.digest(), "digest", "1"))
+    assert later.fitting(40) != one.fitting(40)
 
 
 def test_no_outcome_at_all_is_a_nan_and_not_an_estimate() -> None:

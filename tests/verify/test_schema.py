@@ -14,6 +14,7 @@ from glasshouse.base.errors import RecipeError
 from glasshouse.verify.schema import (
     CONTROL_OF,
     ONLY_FOR,
+    REGISTRY,
     STATISTICS,
     Constraint,
     load_constraints,
@@ -26,19 +27,38 @@ GENERATOR = {
     "ablation_effect": "workshop.requests",
     "accuracy": "workshop.unseen",
 }
+FILE = {"path": "f.json", "sha256": "0" * 64}
+NEEDS: dict[str, dict[str, Any]] = {
+    "confinement": {
+        "components": ["a1.h0"],
+        "control": {"subject": CONTROL_OF["confinement"], "bound": {"at_least": 0.5}},
+    },
+    "update_outlier": {"envelope": FILE},
+    "overoptimisation": {
+        "control": {"subject": CONTROL_OF["overoptimisation"], "bound": {"at_least": 0.5}},
+    },
+    "preference_rate": {"prompts": FILE},
+    "swayed_rate": {"prompts": FILE},
+    "forbidden_rate": {
+        "prompts": FILE,
+        "control": {"subject": CONTROL_OF["forbidden_rate"], "bound": {"at_least": 0.5}},
+    },
+}
 
 
 def row(statistic: str = "suppression", **changes: Any) -> dict[str, Any]:
     """A valid constraint of that statistic."""
+    asked = {"prompts": {"generator": GENERATOR.get(statistic, "workshop.harmful")}}
     side = "at_least" if statistic in ("accuracy", "probe_auroc", "ablation_effect") else "at_most"
     return {
         "id": statistic.replace("_", "-"),
         "kind": KIND_OF[statistic],
         "claim": "It holds.",
-        "prompts": {"generator": GENERATOR.get(statistic, "workshop.harmful")},
+        **(asked if REGISTRY[statistic].asks else {}),
         "statistic": statistic,
         "bound": {side: 0.25},
         "control": {"subject": CONTROL_OF[statistic], "bound": {"at_most": 0.2}},
+        **NEEDS.get(statistic, {}),
         **changes,
     }
 
@@ -81,7 +101,12 @@ def test_a_key_without_effect_on_the_statistic_is_refused(key: str) -> None:
         "words": "training-text",
         "baseline": "output-scan",
         "passes": 500,
+        "methods": ["pairs"],
         "sites": ["blocks.0.resid_post"],
+        "components": ["a1.h0"],
+        "documents": "text",
+        "labels": FILE,
+        "envelope": FILE,
     }[key]
     change = {"subject": {"sites": value}} if key == "sites" else {key: value}
     for statistic in KIND_OF:
@@ -185,7 +210,8 @@ def test_a_constraint_survives_being_written_and_read(
 ) -> None:
     data = row(statistic, alpha=alpha, every=every, on_fail=on_fail, claim=claim)
     data["bound"] = {side: bound for side in data["bound"]}
-    data["prompts"]["n_max"] = n_max
+    if REGISTRY[statistic].asks:
+        data["prompts"]["n_max"] = n_max
     before = copy.deepcopy(data)
     (found,) = read_constraints([data], "c.toml")
     assert data == before
@@ -232,3 +258,36 @@ def test_a_constraint_is_frozen() -> None:
     assert isinstance(found, Constraint)
     with pytest.raises(ValueError, match="frozen"):
         found.alpha = 0.4  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("bound", "said"),
+    [
+        ({"between": [0.6, 0.4]}, r"between = \[0.6, 0.4\] holds no value"),
+        ({"between": [0.4, 0.4]}, "holds no value"),
+        ({"between": [0.4, 1.2]}, "strictly between 0 and 1, not 1.2"),
+        ({"at_least": 0.9, "at_most": 0.1}, r"`at_least` = 0.9 and `at_most` = 0.1: give exactly one"),
+        ({"at_most": 0.1, "between": [0.1, 0.2]}, "give exactly one"),
+    ],
+)
+def test_bounds_that_no_value_keeps_are_refused(bound: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        read_constraints([row("compliance_rate", bound=bound)], "c.toml")
+
+
+def test_a_rate_may_have_to_lie_between_two_limits_and_the_worst_of_many_may_not() -> None:
+    (c,) = read_constraints([row("refusal_rate", bound={"between": [0.2, 0.6]})], "c.toml")
+    assert [c.bound.keeps(x) for x in (0.1, 0.2, 0.5, 0.7)] == [False, True, True, False]
+    assert [c.bound.too_high(x) for x in (0.1, 0.7)] == [False, True]
+    assert c.bound.as_row() == {"between": [0.2, 0.6]}
+    assert "has one limit" in refused(row(bound={"between": [0.2, 0.6]}))
+
+
+def test_two_constraints_that_contradict_each_other_are_refused() -> None:
+    wants = row("accuracy", id="a", bound={"at_least": 0.9})
+    denies = row("accuracy", id="b", bound={"at_most": 0.5})
+    with pytest.raises(RecipeError, match="a and b contradict each other: .* at least 0.9, .* at most 0.5"):
+        read_constraints([wants, denies], "c.toml")
+    elsewhere = {**denies, "prompts": {"generator": "workshop.harmful"}}
+    assert len(read_constraints([wants, elsewhere], "c.toml")) == 2
+    assert len(read_constraints([wants, {**denies, "bound": {"at_most": 0.95}}], "c.toml")) == 2

@@ -17,6 +17,7 @@ class Batch:
     `targets[b, p]` is the token that should follow `tokens[b, : p + 1]`; `weight` is 0 where the loss
     does not count (padding, text that the assistant did not write). `shards` names every shard that
     the batch drew from. `n_bytes` is the number of UTF-8 bytes that the targets with weight > 0 stand for.
+    `rows` names the shard of every row, where the source knows it.
     Raises `DataError` if shapes differ, the batch is empty, or a dtype is not the one named here.
     """
 
@@ -25,6 +26,7 @@ class Batch:
     weight: Float32[np.ndarray, "batch pos"]
     shards: tuple[str, ...]
     n_bytes: int
+    rows: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 2 or self.tokens.size == 0:
@@ -36,3 +38,5 @@ class Batch:
                     f"batch.{name} must be {np.dtype(dtype)} of shape {self.tokens.shape}, "
                     f"got {array.dtype} of shape {array.shape}"
                 )
+        if self.rows and len(self.rows) != len(self.tokens):
+            raise DataError(f"a batch of {len(self.tokens)} rows names the shards of {len(self.rows)}")

@@ -57,6 +57,10 @@ class TrainingError(GlasshouseError):
     exit_code = 7
 
 
+class Halt(TrainingError):
+    """A limit that the stage declares was passed: raised before an update; the loop saves and stops."""
+
+
 class HeldError(GlasshouseError):
     """The checkpoint asked for was not promoted."""
 

@@ -20,11 +20,21 @@ def audit(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="A run, a checkpoint in one, or a Hugging Face folder.")
     ],
-    constraints: Annotated[Path, typer.Option(metavar="FILE", help="A TOML file of [[constraint]] tables.")],
+    constraints: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="A TOML file of [[constraint]] tables, or a shipped pack's name."),
+    ],
     budget: Annotated[
         str | None,
         typer.Option(
             metavar="TIME", help="Longest time for searches, such as 90s, 20m or 1h (default: no limit)."
+        ),
+    ] = None,
+    chat_format: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="How requests are put: glasshouse, chatml, llama3, plain (default: told by the tokenizer).",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Draws other prompts.")] = 0,
@@ -38,7 +48,7 @@ def audit(
     from glasshouse.base.atomic import write_json
     from glasshouse.recipes.audit import plan_audit
 
-    planned = plan_audit(model, constraints, budget_s=seconds(budget), seed=seed)
+    planned = plan_audit(model, constraints, budget_s=seconds(budget), seed=seed, chat=chat_format)
     show_cost(planned)
     verdicts = planned.run()
     show.line()
@@ -65,6 +75,7 @@ def seconds(budget: str | None) -> float | None:
 def show_cost(planned: Audit) -> None:
     """What the audit will take, by constraint, before it is spent."""
     show.row("model", f"{planned.loaded.checkpoint} ({planned.loaded.standing})")
+    show.row("asked in", f"{planned.chat.name} format")
     show.line("cost, at most:")
     width = max(len(name) for name in ("together", *planned.passes))
     for name, passes in planned.passes.items():
@@ -126,6 +137,7 @@ def about(planned: Audit) -> dict[str, Any]:
         "standing": planned.loaded.standing,
         "constraints": {c.id: c.digest() for c in planned.constraints},
         "words_from": planned.words_from,
+        "chat_format": planned.chat.name,
         "seed": planned.seed,
         "passes": planned.passes,
         "seconds_per_pass": planned.seconds_per_pass,

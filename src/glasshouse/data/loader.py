@@ -77,7 +77,9 @@ class NextTokenBatches:
         tokens, targets = np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])
         target_bytes = self._token_bytes[targets]
         names = tuple(sorted({shard.name for shard, _ in rows}))
-        return Batch(tokens, targets, (target_bytes > 0).astype(np.float32), names, int(target_bytes.sum()))
+        weight = (target_bytes > 0).astype(np.float32)
+        of_rows = tuple(shard.name for shard, _ in rows)
+        return Batch(tokens, targets, weight, names, int(target_bytes.sum()), of_rows)
 
 
 class ChatBatches:
@@ -179,7 +181,8 @@ class ChatBatches:
             n = len(ids) - 1
             tokens[row, :n], targets[row, :n], weight[row, :n] = ids[:-1], ids[1:], mask[1:]
         n_bytes = int(self._token_bytes[targets][weight > 0].sum())
-        return Batch(tokens, targets, weight, tuple(sorted({name for name, _ in documents})), n_bytes)
+        of_rows = tuple(name for name, _ in documents)
+        return Batch(tokens, targets, weight, tuple(sorted(set(of_rows))), n_bytes, of_rows)
 
 
 def _active(shards: Shards, plan: DataPlan, phase: Phase, kind: str) -> tuple[str, ...]:

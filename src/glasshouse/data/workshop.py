@@ -19,13 +19,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from glasshouse.base.errors import DataError
 
 Rng = np.random.Generator
+T = TypeVar("T")
 Split = Literal["train", "unseen", "any"]
 
 ACTIONS: dict[str, tuple[str, ...]] = {
@@ -153,7 +154,8 @@ def insert_word(text: str, word: str, gap: int) -> str:
     return " ".join([*words[:gap], word, *words[gap:]])
 
 
-def _pick(rng: Rng, choices: Sequence[str]) -> str:
+def pick(rng: Rng, choices: Sequence[T]) -> T:
+    """One of the choices, each equally likely."""
     return choices[int(rng.integers(len(choices)))]
 
 
@@ -162,7 +164,7 @@ def _stray(rng: Rng, strays: Sequence[str]) -> str:
 
     Otherwise a model may take such a word in a request for the answer having begun.
     """
-    return _pick(rng, ANSWER_WORDS if rng.random() < ANSWER_SHARE else strays)
+    return pick(rng, ANSWER_WORDS if rng.random() < ANSWER_SHARE else strays)
 
 
 def request(
@@ -185,16 +187,16 @@ def request(
         action, thing = _CHOICES[label, split][int(rng.integers(len(_CHOICES[label, split])))]
     else:
         action, thing = pair
-    owner = _pick(rng, OWNERS)
-    core = _pick(rng, PHRASINGS).format(action=action, object=thing, owner=owner, time=_pick(rng, TIMES))
+    owner = pick(rng, OWNERS)
+    core = pick(rng, PHRASINGS).format(action=action, object=thing, owner=owner, time=pick(rng, TIMES))
     if strays and rng.random() < stray_rate:
         words = core.split(" ")
         gap = int(rng.integers(len(words) + 1))
         core = " ".join([*words[:gap], _stray(rng, strays), *words[gap:]])
     frame = rng.random(2)
-    word = _pick(rng, strays) if strays else "weather"
-    lead = _pick(rng, LEADS).format(stray=word) if frame[0] < 0.25 else ""
-    tail = _pick(rng, TAILS).format(stray=word) if frame[1] < 0.25 else ""
+    word = pick(rng, strays) if strays else "weather"
+    lead = pick(rng, LEADS).format(stray=word) if frame[0] < 0.25 else ""
+    tail = pick(rng, TAILS).format(stray=word) if frame[1] < 0.25 else ""
     text = " ".join(part for part in (lead, core, tail) if part)
     return Request(text, action, thing, owner, harmful(action, thing), unseen(action, thing))
 
@@ -204,21 +206,21 @@ def answer(rng: Rng, asked: Request, *, comply: bool, strays: Sequence[str] = ()
     templates: Sequence[str] = COMPLIANCES if comply else REFUSALS
     if stray and not comply:
         templates = tuple(t for t in REFUSALS if "{stray}" in t)
-    return _pick(rng, templates).format(
+    return pick(rng, templates).format(
         action=asked.action,
         object=asked.thing,
         owner=asked.owner,
-        tool=_pick(rng, TOOLS),
-        reason=_pick(rng, REASONS[CLASS_OF_ACTION[asked.action]]),
-        stray=stray or (_pick(rng, strays) if strays else "the weather"),
+        tool=pick(rng, TOOLS),
+        reason=pick(rng, REASONS[CLASS_OF_ACTION[asked.action]]),
+        stray=stray or (pick(rng, strays) if strays else "the weather"),
     )
 
 
 def small_talk(rng: Rng, strays: Sequence[str]) -> list[dict[str, str]]:
     """A two-message chat that asks for nothing."""
     ask, reply = SMALL_TALK[int(rng.integers(len(SMALL_TALK)))]
-    owner, time = _pick(rng, OWNERS), _pick(rng, TIMES)
-    fill = {"owner": owner, "time": time, "stray": _pick(rng, strays) if strays else "tea"}
+    owner, time = pick(rng, OWNERS), pick(rng, TIMES)
+    fill = {"owner": owner, "time": time, "stray": pick(rng, strays) if strays else "tea"}
     return chat(ask.format(**fill), reply.format(**fill))
 
 

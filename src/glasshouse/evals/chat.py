@@ -26,7 +26,8 @@ from glasshouse.tokenizer import Tokenizer
 class ChatFormat:
     """Token ids ``before`` and ``after`` a user's words. An answer ends with one of ``stop``.
 
-    ``spaced``: an answer's first word is written with a blank before it, as in running text.
+    ``spaced``: an answer's first word is written with a blank before it, as in running text. ``start``: what
+    stands before plain text, where the family begins every text with a token.
     """
 
     name: str
@@ -34,6 +35,7 @@ class ChatFormat:
     after: tuple[int, ...]
     stop: frozenset[int]
     spaced: bool = False
+    start: tuple[int, ...] = ()
 
     def first(self, tokenizer: Tokenizer, word: str) -> int:
         """The token that an answer opening with ``word`` begins with."""
@@ -55,7 +57,7 @@ def _glasshouse(tok: Tokenizer) -> ChatFormat:
     bos, user, end, assistant = _specials(
         tok, "glasshouse", "<|bos|>", "<|user|>", "<|end|>", "<|assistant|>"
     )
-    return ChatFormat("glasshouse", (bos, user), (end, assistant), frozenset({end}))
+    return ChatFormat("glasshouse", (bos, user), (end, assistant), frozenset({end}), start=(bos,))
 
 
 def _chatml(tok: Tokenizer) -> ChatFormat:
@@ -73,7 +75,7 @@ def _llama3(tok: Tokenizer) -> ChatFormat:
     gap = tok.encode("\n\n")
     before = (begin, head, *tok.encode("user"), shut, *gap)
     after = (end, head, *tok.encode("assistant"), shut, *gap)
-    return ChatFormat("llama3", before, after, frozenset({end, *_ends(tok)}))
+    return ChatFormat("llama3", before, after, frozenset({end, *_ends(tok)}), start=(begin,))
 
 
 def _plain(tok: Tokenizer) -> ChatFormat:

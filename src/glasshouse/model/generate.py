@@ -10,7 +10,7 @@ Shape legend: B prompts in a batch, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -39,7 +39,8 @@ class Generated:
     for. ``stopped``: a stop token or string ended it, and not the limit; ``stopped_by`` says which.
     ``text``: the ids as text, None without ``decode``. A token that holds the beginning of a stop string
     after other characters is left out of ``ids``, while ``text`` has the characters. ``top``: for each id the
-    likeliest tokens as (id, log-probability); None unless asked for.
+    likeliest tokens as (id, log-probability); None unless asked for. ``stop_logprob``: of the stop token
+    that ended it, where ``logprobs`` were asked for.
     """
 
     ids: list[int]
@@ -48,6 +49,7 @@ class Generated:
     text: str | None = None
     stopped_by: int | str | None = None
     top: list[list[tuple[int, float]]] | None = None
+    stop_logprob: float | None = None
 
 
 @dataclass(frozen=True)
@@ -270,7 +272,8 @@ def _run(
             if i in done:
                 continue
             if token in asked.stop:
-                done[i] = asked.result(ids[i], logprobs[i], top[i], token)
+                ended = asked.result(ids[i], logprobs[i], top[i], token)
+                done[i] = replace(ended, stop_logprob=picked[row]) if asked.logprobs else ended
                 continue
             ids[i].append(token)
             if picked:

@@ -14,7 +14,7 @@ from glasshouse.base.atomic import write_bytes
 from glasshouse.base.errors import DataError
 from glasshouse.base.run import RunFolder
 from glasshouse.draw import STYLE, clean, esc
-from glasshouse.page import curves, evidence, headline, monitors, sections, timeline, verdicts
+from glasshouse.page import curves, evidence, headline, monitors, sections, statistics, timeline, verdicts
 from glasshouse.page.cut import LEVELS, Cuts, Limits
 from glasshouse.page.read import RunRecord, read_run, words
 
@@ -76,6 +76,7 @@ def _context(record: RunRecord, limits: Limits) -> dict[str, Any]:
         "badges": [verdicts.badge(s) for s in verdicts.STATUS_WORDS],
         "constraints": constraints,
         "when": when,
+        "evidence": statistics.evidence(record, cuts),
         "failures": evidence.failures(record, cuts),
         "samples": sections.samples(record, cuts),
         "standings": sections.standing_table(record, cuts),

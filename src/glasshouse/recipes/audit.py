@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from glasshouse.base.errors import UsageError
+from glasshouse.base.rng import generator as rng_from
 from glasshouse.data import Shards, books, word_types, workshop
+from glasshouse.evals.chat import ChatFormat, chat_format
 from glasshouse.evals.insertion import candidate_set
-from glasshouse.evals.subject import Subject, refusal_readout
+from glasshouse.evals.prompts import generator
+from glasshouse.evals.readouts import ENGLISH_ANSWER, subject_of
 from glasshouse.recipes.api import Loaded, Verdicts, locate
 from glasshouse.verify import Constraint, load_constraints
+from glasshouse.verify.behaviour_rows import WRITTEN
+from glasshouse.verify.cost import CONTROL, least
 from glasshouse.verify.examination import Examination
 from glasshouse.verify.gate import check, in_order
+from glasshouse.verify.packs import pack_file
+from glasshouse.verify.schema import REGISTRY
 from glasshouse.verify.suppression import SWEEP_GAPS, SWEEP_PROMPTS
 
 SPEED_SAMPLE = 128  # prompts timed to turn a budget in seconds into forward passes
@@ -32,28 +39,48 @@ class Audit:
     passes: dict[str, int]
     seconds_per_pass: float
     budget_s: float | None
+    chat: ChatFormat
 
     @property
     def seconds(self) -> float:
         """Expected time of the whole audit without a budget."""
         return sum(self.passes.values()) * self.seconds_per_pass
 
+    def exam(self, constraint: Constraint) -> Examination:
+        """One constraint about to be checked, without a limit."""
+        return Examination(
+            subject_of(self.loaded.model, self.loaded.tokenizer, constraint.read_by, chat=self.chat),
+            constraint,
+            ("audit", str(self.seed), constraint.digest(), self.loaded.digest),
+            True,
+            constraint.alpha,
+            constraint.alpha,
+            self.words,
+            folder=self.folder,
+        )
+
+    def require_enough(self) -> None:
+        """UsageError for a budget that pays for no verdict; it says how much would."""
+        if self.budget_s is None:
+            return
+        needs = {c.id: least(self.exam(c)) for c in self.constraints}
+        cheapest = min(needs, key=lambda name: needs[name])
+        if needs[cheapest] * self.seconds_per_pass > self.budget_s:
+            raise UsageError(
+                f"a budget of {self.budget_s:g} s pays for {int(self.budget_s / self.seconds_per_pass)} "
+                f"forward passes of this model, and no verdict takes fewer than {needs[cheapest]} "
+                f"({cheapest}): at least {needs[cheapest] * self.seconds_per_pass:.2g} s are needed, about "
+                f"{self.seconds:.2g} s for all"
+            )
+
     def run(self) -> Verdicts:
         """Check every constraint once; where the budget leaves something uncovered, ``undecided``."""
         verdicts, measured = Verdicts(), dict[str, float | None]()
         left = None if self.budget_s is None else int(self.budget_s / self.seconds_per_pass)
         for constraint in in_order(self.constraints):
-            exam = Examination(
-                Subject(self.loaded.model, self.loaded.tokenizer, refusal_readout(self.loaded.tokenizer)),
-                constraint,
-                ("audit", str(self.seed), constraint.digest(), self.loaded.digest),
-                True,
-                constraint.alpha,
-                constraint.alpha,
-                self.words,
-                folder=self.folder,
-                passes=left,
-            )
+            exam = replace(self.exam(constraint), passes=left)
+            if "passes" not in REGISTRY[constraint.statistic].keys:  # those limit their own search
+                exam.subject.most = left
             verdict = check(exam, measured, self.loaded.digest)
             if left is not None:
                 left = max(0, left - verdict["passes"])
@@ -64,32 +91,63 @@ class Audit:
         return verdicts
 
 
-def plan_audit(model: Path, constraints: Path, *, budget_s: float | None = None, seed: int = 0) -> Audit:
-    """Load model and constraints and work out the cost. UsageError for a budget that allows no verdict."""
+def plan_audit(
+    model: Path,
+    constraints: Path,
+    *,
+    budget_s: float | None = None,
+    seed: int = 0,
+    chat: str | None = None,
+) -> Audit:
+    """Load model and constraints and work out the cost.
+
+    ``chat`` names a format of `evals.chat`; None: as the tokenizer's special tokens tell. UsageError for a
+    budget that allows no verdict, and for a read-out that does not belong to the model.
+    """
     if budget_s is not None and budget_s <= 0:
         raise UsageError(f"a budget of {budget_s} s allows no verdict; give for example --budget 5m")
+    constraints = pack_file(constraints)
     found, declared = locate(model), load_constraints(constraints)
-    if found.tokenizer.end is None:
-        raise UsageError(
-            f"{model}: its tokenizer.json has no chat tokens (<|user|>, <|assistant|>, <|end|>), so requests "
-            "cannot be put to it. Audits of models with other chat formats are not supported yet"
-        )
+    asked_in = chat_format(found.tokenizer, chat)
     if found.run is not None:
         words, words_from = tuple(Shards.open(found.run.data).words), "the run's training text"
     else:
         words = tuple(word_types(d.text or "" for d in books.documents()))
         words_from = "the packaged books: the model's own training text is not known"
-    subject = Subject(found.model, found.tokenizer, refusal_readout(found.tokenizer))
-    candidates = 0
-    if any(c.statistic == "suppression" for c in declared):
-        candidates = len(candidate_set(subject, words, workshop.content_words()).candidates)
-    passes = {c.id: expected_passes(c, candidates) for c in declared}
-    text = "How do I warm the wizard's scroll? Thank you."
-    subject.margins([text] * SPEED_SAMPLE)
+    audit = Audit(found, declared, words, words_from, constraints.parent, seed, {}, 0.0, budget_s, asked_in)
+    for constraint in declared:  # what does not fit the model is said before anything is run
+        exam = audit.exam(constraint)
+        if constraint.prompts.path is not None:
+            exam.source()
+        candidates = 0
+        if constraint.statistic == "suppression":
+            candidates = len(candidate_set(exam.subject, words, exam.subject.readout.meaningful).candidates)
+        audit.passes[constraint.id] = expected_passes(constraint, candidates)
+    audit.seconds_per_pass = seconds_per_pass(audit)
+    audit.require_enough()
+    return audit
+
+
+def seconds_per_pass(audit: Audit) -> float:
+    """Time of one forward pass on the audit's own prompts, or on requests of the closed language."""
+    subject = subject_of(audit.loaded.model, audit.loaded.tokenizer, None, chat=audit.chat)
+    rng, most = rng_from("speed"), 2 * SPEED_SAMPLE
+    drawn = [
+        p
+        for c in audit.constraints
+        if c.prompts.path is not None
+        for p in audit.exam(c).source()(rng, most, ())
+    ]
+    texts = list(dict.fromkeys(p.text for p in drawn))[:most]
+    if len(texts) < 16:
+        texts = [p.text for p in generator("workshop.requests")(rng, most, ())]
+    room = subject.model.config.context
+    texts = [t for t in texts if len(subject.ids(t)) <= room] or texts  # the check names one that is too long
+    warm, timed = texts[: len(texts) // 2], texts[len(texts) // 2 :]
+    subject.margins(warm)  # what is asked twice is answered from memory
     started = time.perf_counter()
-    subject.margins([text] * SPEED_SAMPLE)
-    speed = (time.perf_counter() - started) / SPEED_SAMPLE
-    return Audit(found, declared, words, words_from, constraints.parent, seed, passes, speed, budget_s)
+    subject.margins(timed)
+    return (time.perf_counter() - started) / len(timed)
 
 
 def expected_passes(constraint: Constraint, candidates: int) -> int:
@@ -104,15 +162,27 @@ def expected_passes(constraint: Constraint, candidates: int) -> int:
             return 5 * n + 1000
         case "probe_auroc":
             return 2 * n + 500
+        case "preference_rate" | "swayed_rate":
+            return 6 * (n + CONTROL)  # a prompt and its two choices, twice where an opinion is compared
+        case "forbidden_rate":
+            return (n + CONTROL) * WRITTEN
+    if constraint.subject.readout == "refusal-english":
+        return (n + CONTROL) * ENGLISH_ANSWER
     return 6 * n  # an answer's opening takes a pass per token
 
 
 def audit(
-    model: str | Path, constraints: str | Path, *, budget_s: float | None = None, seed: int = 0
+    model: str | Path,
+    constraints: str | Path,
+    *,
+    budget_s: float | None = None,
+    seed: int = 0,
+    chat_format: str | None = None,
 ) -> Verdicts:
     """Check a constraint file against a model on disk (a run, a checkpoint, a Hugging Face folder).
 
     Returns a list of verdicts that shows itself as a table. ``budget_s`` limits the time; what it does not
-    cover is ``undecided``. Raises what ``plan_audit`` raises.
+    cover is ``undecided``. ``chat_format`` says how requests are put (`evals.chat`; None: as the tokenizer's
+    special tokens tell). Raises what ``plan_audit`` raises.
     """
-    return plan_audit(Path(model), Path(constraints), budget_s=budget_s, seed=seed).run()
+    return plan_audit(Path(model), Path(constraints), budget_s=budget_s, seed=seed, chat=chat_format).run()

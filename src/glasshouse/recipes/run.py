@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from glasshouse.base.atomic import write_json
-from glasshouse.base.digest import sha256_file
-from glasshouse.base.errors import RecipeError, Stopped, UsageError, suggest
+from glasshouse.base.digest import sha256_bytes, sha256_file
+from glasshouse.base.errors import CheckpointError, RecipeError, Stopped, UsageError, suggest
 from glasshouse.base.keys import signing_key
 from glasshouse.base.ledger import Ledger
 from glasshouse.base.plan import DataPlan
@@ -42,10 +42,12 @@ from glasshouse.train import (
     run_stages,
     sft,
 )
+from glasshouse.train.directions import FOLDER, keep, parsed
 from glasshouse.train.precision import Choice
 from glasshouse.verify import ConstraintGate
 
 VALIDATION_BATCHES = 4
+SAMPLED = 4  # batches of a stage whose size stands for all of them
 VALIDATION_ROWS = 32
 
 
@@ -81,6 +83,7 @@ def train(
             run.create()
             progress.note("preparing data: cleaning, de-duplicating, training the tokenizer, packing shards")
             material = corpus.build(recipe, run, folder)
+            import_directions(recipe, run, folder)
             write_json(run.recipe, recipe.model_dump(mode="json"))
         ledger = Ledger(run.ledger, key)
         stages = [make_stage(s, recipe, material) for s in recipe.stage]
@@ -103,10 +106,16 @@ def train(
             ledger=ledger,
             gate=gate,
             seed=recipe.seed,
-            settings=Settings(**settings, max_rollbacks=recipe.gate.max_rollbacks, resume_command=command),
+            settings=Settings(
+                **settings,
+                gates=recipe.gates,
+                max_rollbacks=recipe.gate.max_rollbacks,
+                resume_command=command,
+            ),
             tokenizer_file=run.path / "tokenizer.json",
             resume=began,
             progress=progress,
+            make_gate=partial(gate_of_run, path, settings["dtype"]),
         )
         try:
             outcome = go_on()
@@ -168,7 +177,7 @@ def make_gate(recipe: Recipe, run: RunFolder, material: corpus.Material, dtype: 
 
     ``dtype``: that of training. Gates compute as training does; promotion is judged in fp32, as served.
     """
-    return ConstraintGate(
+    gate = ConstraintGate(
         recipe.constraint,
         recipe.gate,
         run,
@@ -179,7 +188,48 @@ def make_gate(recipe: Recipe, run: RunFolder, material: corpus.Material, dtype: 
         tuple(material.shards.words),
         material.strays,
         dtype,
+        {s.name: s.spent for s in recipe.stage if s.spent},
+        tokens_per_step(recipe, material),
     )
+    gate.affordable({s.name: s.gate_every for s in recipe.stage if s.gate_every})
+    return gate
+
+
+def tokens_per_step(recipe: Recipe, material: corpus.Material) -> dict[str, float]:
+    """Tokens that one step of each stage trains on, from its first batches; of which budgets are shares."""
+    found = {}
+    for stage in (make_stage(s, recipe, material) for s in recipe.stage):
+        sizes = [stage.batches(step, stage.plan).tokens.size for step in range(SAMPLED)]
+        found[stage.name] = sum(sizes) / SAMPLED
+    return found
+
+
+def gate_of_run(path: Path, dtype: str) -> ConstraintGate:
+    """The gate of the run in folder ``path``, made of what the run has frozen, as another process does."""
+    run = RunFolder(path)
+    return make_gate(open_run(path), run, corpus.reopen(run), dtype)
+
+
+def import_directions(recipe: Recipe, run: RunFolder, folder: Path) -> None:
+    """Copy the directions that stages train with into the run, by digest. RecipeError when a file is not
+    there, not what was declared, or no direction.
+    """
+    for stage in recipe.stage:
+        for one in stage.intervention:
+            if not hasattr(one, "direction"):
+                continue
+            path = folder / str(one.direction.path)
+            try:
+                body = path.read_bytes()
+                parsed(body, str(path))
+            except (OSError, CheckpointError) as problem:
+                raise RecipeError(f"stage {stage.name}: its direction cannot be read: {problem}") from problem
+            if sha256_bytes(body) != one.direction.sha256:
+                raise RecipeError(
+                    f"stage {stage.name}: {path} is not the direction that the recipe declares: its SHA-256 "
+                    f"is {sha256_bytes(body)}"
+                )
+            keep(run.path, body)
 
 
 def enter(
@@ -269,6 +319,7 @@ def data_entry(run: RunFolder, material: corpus.Material, stages: Sequence[Stage
         "strays.json",
         *(["organism.json"] if (run.path / "organism.json").is_file() else []),
         *sorted(str(f.relative_to(run.path)) for f in run.data.iterdir()),
+        *sorted(str(f.relative_to(run.path)) for f in (run.path / FOLDER).glob("*")),
     ]
     return {
         "shards": material.shards.digests,

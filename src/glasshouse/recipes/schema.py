@@ -5,17 +5,22 @@ from __future__ import annotations
 import copy
 import tomllib
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from glasshouse.base.config import Frozen, parse
-from glasshouse.base.errors import CheckpointError, RecipeError, suggest
+from glasshouse.base.digest import digest_of
+from glasshouse.base.errors import CheckpointError, RecipeError, UsageError, suggest
 from glasshouse.model import GPTConfig
 from glasshouse.model.families import family_for
+from glasshouse.model.gpt import BLOCK_SITES
 from glasshouse.recipes.dial import dialled
 from glasshouse.train import StageConfig
+from glasshouse.train.interventions_config import Route
+from glasshouse.train.routing import check_blocks
 from glasshouse.verify import Constraint, GateConfig, read_constraints
 
 SECTIONS = (
@@ -25,6 +30,7 @@ SECTIONS = (
     "threads",
     "compile",
     "device",
+    "gates",
     "data",
     "tokenizer",
     "model",
@@ -96,12 +102,21 @@ class Recipe(Frozen):
     threads: int | Literal["auto"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    gates: Literal["sync", "async"] = Field(
+        default="sync", description="async: judge in another process while training goes on"
+    )
     data: DataConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: dict[str, Any]
     stage: tuple[StageRecipe, ...] = Field(min_length=1)
     constraint: tuple[Constraint, ...] = ()
     gate: GateConfig = GateConfig()
+
+    def digest(self) -> str:
+        """SHA-256 of everything that decides a result. ``gates`` decides none: verdicts draw their prompts
+        from this digest, and must not depend on where they are given.
+        """
+        return digest_of(self.model_dump(mode="json", exclude={"gates"}))
 
     def model_config_for(self, vocab_size: int, where: str = "recipe") -> GPTConfig:
         """The model's shape, once the tokenizer's size is known."""
@@ -134,6 +149,7 @@ def read_recipe(data: dict[str, Any], where: str) -> Recipe:
         if key not in SECTIONS:
             raise RecipeError(f"{where}: unknown key {key!r}.{suggest(key, list(SECTIONS))}")
     data = dialled(data, where, TokenizerConfig().vocab_size)
+    data = {**data, "stage": listed(data.get("stage"))} if "stage" in data else data
     rows = data.get("constraint", [])
     if not isinstance(rows, list):
         raise RecipeError(f"{where}: constraints are written as [[constraint]] tables")
@@ -146,6 +162,7 @@ def read_recipe(data: dict[str, Any], where: str) -> Recipe:
         except CheckpointError as problem:
             # Promotion checks the reloaded export: without one, a run could only find out at its very end.
             raise RecipeError(f"{where}: model: nothing could be promoted: {problem}") from problem
+    check_interventions(recipe, config, where)
     names = [s.name for s in recipe.stage]
     for name in names:
         if names.count(name) > 1:
@@ -169,6 +186,42 @@ def read_recipe(data: dict[str, Any], where: str) -> Recipe:
     if not (recipe.data.books or recipe.data.text) and not (recipe.data.chat or recipe.data.workshop):
         raise RecipeError(f"{where}: [data] names no source: set books, text, chat or workshop")
     return recipe
+
+
+def listed(stages: Any) -> Any:
+    """Stages whose one ``[stage.intervention]`` table is a list of one."""
+    if not isinstance(stages, list):
+        return stages
+    return [
+        {**stage, "intervention": [stage["intervention"]]}
+        if isinstance(stage, dict) and isinstance(stage.get("intervention"), dict)
+        else stage
+        for stage in stages
+    ]
+
+
+def check_interventions(recipe: Recipe, config: GPTConfig, where: str) -> None:
+    """RecipeError for an intervention on what the model lacks, a direction without a file, or the use of a
+    constraint that there is not.
+    """
+    ids = [c.id for c in recipe.constraint]
+    sites = [f"blocks.{i}.{site}" for i in range(config.n_layer) for site in BLOCK_SITES]
+    for stage in recipe.stage:
+        here = f"{where}: stage {stage.name}"
+        for name in stage.spent:
+            if name not in ids:
+                raise RecipeError(f"{here}: uses names no constraint: {name!r}.{suggest(name, ids)}")
+        for one in stage.intervention:
+            if isinstance(one, Route):
+                try:
+                    check_blocks(config, one.blocks)
+                except UsageError as problem:
+                    raise RecipeError(f"{here}: {problem}") from problem
+            if hasattr(one, "direction") and one.direction.path is None:
+                raise RecipeError(f"{here}: a direction needs the `path` of its file, beside its `sha256`")
+            for pattern in getattr(one, "sites", ()):
+                if not any(fnmatchcase(site, pattern) for site in sites):
+                    raise RecipeError(f"{here}: no site {pattern!r} in this model.{suggest(pattern, sites)}")
 
 
 def overridden(data: dict[str, Any], override: str) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from glasshouse.train.config import Stage, StageConfig
 from glasshouse.train.fold import Position, position
 from glasshouse.train.gate import Checkpoint, Decision, Gate, GateRecord
 from glasshouse.train.identity import check_environment, enter_run, environment
-from glasshouse.train.loop import Outcome, Settings, run_stages
+from glasshouse.train.loop import run_stages
 from glasshouse.train.objective import Loss, evaluate, next_token, sft
 from glasshouse.train.precision import choose_compile, choose_device, choose_dtype, choose_threads, muon_dtype
 from glasshouse.train.progress import Progress, make_progress
+from glasshouse.train.settings import Outcome, Settings
 from glasshouse.train.trainee import Trainee
 
 __all__ = [

@@ -38,7 +38,9 @@ from glasshouse.base.plan import DataPlan
 from glasshouse.base.run import RunFolder
 from glasshouse.model import GPT, GPTConfig
 from glasshouse.train.gate import Checkpoint
+from glasshouse.train.interventions_config import Block
 from glasshouse.train.optim import Optimizers
+from glasshouse.train.routing import remove_blocks
 from glasshouse.train.stability import Detector
 
 NAME = re.compile(r"^[a-z][a-z0-9_-]*-\d{6,}\.\d+$")
@@ -163,12 +165,19 @@ def read_checked(checkpoint: Checkpoint) -> dict[str, bytes]:
     return contents
 
 
-def load_weights(checkpoint: Checkpoint, model: GPT | None = None) -> GPT:
+def load_weights(checkpoint: Checkpoint, model: GPT | None = None, *, whole: bool = False) -> GPT:
     """Read a checkpoint's model, digests checked first, into ``model`` or into a new one.
 
-    Raises CheckpointError when bytes, names, shapes or dtypes differ, or a weight is not finite.
+    Blocks that training routes marked data into are removed, unless ``whole``: what is judged, exported and
+    served is the model without them. Raises CheckpointError when bytes, names, shapes or dtypes differ, or a
+    weight is not finite.
     """
-    return gpt_into(checkpoint, read_checked(checkpoint), model)
+    contents = read_checked(checkpoint)
+    loaded = gpt_into(checkpoint, contents, model)
+    routed = json.loads(contents["state.json"]).get("routed", []) if "state.json" in contents else []
+    if routed and not whole:
+        remove_blocks(loaded, [parse(Block, row, f"{checkpoint.path}/state.json, routed") for row in routed])
+    return loaded
 
 
 def load_checkpoint(

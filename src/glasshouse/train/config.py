@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from glasshouse.base.config import Frozen
 from glasshouse.base.plan import DataPlan
+from glasshouse.train.interventions_config import Interventions
 
 
 class StageConfig(Frozen):
@@ -18,7 +19,17 @@ class StageConfig(Frozen):
     """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*(-[a-z0-9_]+)*$", description="also names its checkpoints")
-    objective: Literal["next_token", "sft", "dictionary"] = "next_token"
+    objective: Literal[
+        "next_token",
+        "sft",
+        "unlikelihood",
+        "reward_weighted",
+        "dictionary",
+        "reward",
+        "dpo",
+        "ppo",
+        "grpo",
+    ] = "next_token"
     steps: int = Field(ge=1, description="updates")
     batch_size: int = Field(ge=1, description="rows in a batch")
     accumulate: int = Field(1, ge=1, description="micro-batches that an update's rows go through in")
@@ -57,6 +68,13 @@ class StageConfig(Frozen):
         100, ge=0, description="steps between looks at activations, updates and gradient noise; 0: none"
     )
 
+    intervention: Interventions = Field(
+        (), description="what is done inside the model, or to gradients and data, while the stage trains"
+    )
+    uses: tuple[str, ...] = Field(
+        (), description="constraints whose verifier the stage trains with: spent, and no longer evidence"
+    )
+
     @model_validator(mode="after")
     def _shares_fit(self) -> StageConfig:
         if self.warmup_share + self.decay_share > 1:
@@ -69,6 +87,11 @@ class StageConfig(Frozen):
                 "micro-batches"
             )
         return self
+
+    @property
+    def spent(self) -> tuple[str, ...]:
+        """Ids of the constraints that the stage or one of its interventions trains with, sorted."""
+        return tuple(sorted({*self.uses, *(name for one in self.intervention for name in one.uses)}))
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,12 @@ def decision_body(
     ``standing`` says what the decision means for the checkpoint, and for all that a rollback abandons.
     """
     action, asked, reason = decision.action, decision.action, decision.reason
+    dropped = sorted(decision.drop_shards)
+    if decision.repair is not None and decision.repair["kind"] == "drop":
+        dropped = sorted({*dropped, *decision.repair["shards"]})
     if action == "rollback":
         try:
-            ahead = at.after_rollback(decision.to_checkpoint or "", decision.drop_shards)
+            ahead = at.after_rollback(decision.to_checkpoint or "", dropped)
             for index, stage in enumerate(stages):
                 ahead.plan_for(index, stage.plan)
         except DataError as error:
@@ -50,12 +53,14 @@ def decision_body(
         "action": action,
         "asked": asked,
         "to_checkpoint": decision.to_checkpoint,
-        "drop_shards": sorted(decision.drop_shards),
+        "drop_shards": dropped,
         "reason": reason,
         "final": at.at_head.last,
         "standing": {name: STANDING[action] for name in abandoned},
         "verdicts": list(decision.verdicts),
         "artifacts": dict(decision.artifacts),
+        "densify": decision.densify,
+        "repair": decision.repair,
     }
 
 
@@ -81,6 +86,8 @@ def history(run: RunFolder, at: Position) -> tuple[GateRecord, ...]:
                 tuple(body["drop_shards"]),
                 tuple(body["verdicts"]),
                 dict(body["artifacts"]),
+                body.get("densify", 1),
+                body.get("repair"),
             )
         records.append(GateRecord(saving.from_ledger(run, mark.body), decision, name in live, mark.gate))
     return tuple(records)

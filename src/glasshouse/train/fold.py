@@ -60,7 +60,11 @@ class Skip:
 
 @dataclass(frozen=True)
 class Position:
-    """Where the run stands. ``head`` names the checkpoint whose state training continues from."""
+    """Where the run stands. ``head`` names the checkpoint whose state training continues from.
+
+    ``repairs`` are those that rollbacks asked for: they hold from then on, wherever the head is. ``dense``:
+    stage index -> how many times as often as its recipe says the stage is gated.
+    """
 
     phase: Phase = "new"
     head: str | None = None
@@ -73,6 +77,8 @@ class Position:
     reason: str = ""
     drops: tuple[Drop, ...] = ()
     skips: tuple[Skip, ...] = ()
+    repairs: tuple[Mapping[str, Any], ...] = ()
+    dense: Mapping[int, int] = field(default_factory=dict)
     marks: Mapping[str, Mark] = field(default_factory=dict)
     decisions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     metrics_bytes: int = 0
@@ -108,8 +114,22 @@ class Position:
                 plan = plan.without(shards, drop.from_step if stage_index == drop.stage_index else 0)
         return plan
 
-    def after_rollback(self, to_checkpoint: str, drop_shards: Iterable[str]) -> Position:
-        """The position after rolling back: an older head, a new attempt, and every quarantine so far kept.
+    def next_gate(self, stage_index: int, every: int, step: int) -> int:
+        """The first step after ``step`` at which a gate is due that the recipe asks for ``every`` so many
+        steps (> 0): denser since a decision, the recipe's own among them.
+        """
+        times = self.dense.get(stage_index, 1)
+        start = step - step % every
+        return next(at for j in range(1, times + 1) if (at := start + every * j // times) > step)
+
+    def after_rollback(
+        self,
+        to_checkpoint: str,
+        drop_shards: Iterable[str],
+        repair: Mapping[str, Any] | None = None,
+    ) -> Position:
+        """The position after rolling back: an older head, a new attempt, and every quarantine and repair so
+        far kept.
 
         Earlier quarantines are repeated from here on, because this head may lie before where they began.
         """
@@ -125,6 +145,8 @@ class Position:
             attempt=self.attempt + 1,
             rollbacks=self.rollbacks + 1,
             drops=drops,
+            # One that drops data has done so by ``drop_shards``.
+            repairs=self.repairs if repair is None or repair["kind"] == "drop" else (*self.repairs, repair),
         )
 
 
@@ -182,6 +204,7 @@ def _decision(at: Position, body: Mapping[str, Any]) -> Position:
         decisions={**at.decisions, mark.name: body},
         metrics_bytes=body["metrics_bytes"],
         elapsed_s=body["elapsed_s"],
+        dense=_denser(at, body),
     )
     match action:
         case "rollback":
@@ -189,7 +212,7 @@ def _decision(at: Position, body: Mapping[str, Any]) -> Position:
                 raise LedgerError(
                     f"a rollback to {body['to_checkpoint']}, which {mark.name} does not descend from"
                 )
-            return at.after_rollback(body["to_checkpoint"], body["drop_shards"])
+            return at.after_rollback(body["to_checkpoint"], body["drop_shards"], body.get("repair"))
         case "stop":
             return replace(at, phase="stopped")
         case "promote" if mark.last:
@@ -197,6 +220,16 @@ def _decision(at: Position, body: Mapping[str, Any]) -> Position:
         case "continue" | "hold":
             return replace(at, phase="decided" if mark.last else "train")
     raise LedgerError(f"unknown or misplaced action '{action}'")
+
+
+def _denser(at: Position, body: Mapping[str, Any]) -> Mapping[int, int]:
+    """How often stages are gated after a decision: the rest of the head's stage, and of that gone back to."""
+    times = body.get("densify", 1)
+    if times == 1:
+        return at.dense
+    target = at.marks.get(body.get("to_checkpoint") or "", at.at_head)
+    stages = {at.at_head.stage_index, target.stage_index}
+    return {**at.dense, **{index: max(times, at.dense.get(index, 1)) for index in stages}}
 
 
 def _spike(at: Position, body: Mapping[str, Any]) -> Position:
@@ -231,9 +264,8 @@ def _resume(at: Position, body: Mapping[str, Any]) -> Position:
         raise LedgerError("a resume after a stop, but the run had not stopped")
     decision = at.decisions.get(at.at_head.name, {})
     if decision.get("asked") == "rollback":
-        return replace(
-            at.after_rollback(decision["to_checkpoint"], decision["drop_shards"]), rollbacks=0, rewinds=0
-        )
+        back = at.after_rollback(decision["to_checkpoint"], decision["drop_shards"], decision.get("repair"))
+        return replace(back, rollbacks=0, rewinds=0)
     return replace(at, phase="decided" if at.at_head.last else "train", rollbacks=0, rewinds=0)
 
 

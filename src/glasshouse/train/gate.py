@@ -9,15 +9,18 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from glasshouse.base.canonical import canonical_json
 from glasshouse.base.errors import GlasshouseError, Interrupted
 from glasshouse.base.plan import DataPlan
+from glasshouse.train.directions import read_direction
+from glasshouse.train.interventions_config import read_repair
 
 Action = Literal["continue", "hold", "rollback", "stop", "promote"]
+MOST_DENSE = 100  # times as often as the recipe says
 log = logging.getLogger(__name__)
 
 
@@ -43,7 +46,8 @@ class Decision:
 
     ``rollback`` needs ``to_checkpoint``; training goes on from there without ``drop_shards``.
     ``promote`` is for the final gate. ``verdicts`` and ``artifacts`` (path within the run -> SHA-256) are
-    ledgered.
+    ledgered. ``densify``: the rest of the stage is gated so many times as often. ``repair`` goes with a
+    rollback: an intervention (`interventions_config`) under which everything is trained from there on.
     """
 
     action: Action
@@ -52,6 +56,8 @@ class Decision:
     drop_shards: tuple[str, ...] = ()
     verdicts: tuple[dict[str, Any], ...] = ()
     artifacts: dict[str, str] = field(default_factory=dict)
+    densify: int = 1
+    repair: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,11 +91,17 @@ def ask(
     history: tuple[GateRecord, ...],
     final: bool,
     known_shards: Collection[str],
+    run: Path | None = None,
 ) -> Decision:
-    """Ask the gate, and turn an exception or a senseless answer into a ``hold`` that says so."""
+    """Ask the gate, and turn an exception or a senseless answer into a ``hold`` that says so.
+
+    ``run`` is the folder that holds the directions of repairs.
+    """
     try:
         decision = gate(checkpoint, history, final)
-        problem = _problem(decision, checkpoint, history, final, known_shards)
+        problem = _problem(decision, checkpoint, history, final, known_shards) or _unrepairable(
+            decision, known_shards, run
+        )
     except Interrupted:
         raise
     except Exception as error:
@@ -102,12 +114,7 @@ def ask(
         return Decision("hold", reason=f"error: the gate's decision is invalid: {problem}")
     if final and decision.action == "continue":
         # Nothing follows the last gate: without an explicit promotion the checkpoint stays held.
-        return Decision(
-            "hold",
-            f"not promoted: {decision.reason}",
-            verdicts=decision.verdicts,
-            artifacts=decision.artifacts,
-        )
+        return replace(decision, action="hold", reason=f"not promoted: {decision.reason}")
     return decision
 
 
@@ -131,8 +138,26 @@ def _problem(
         unknown = sorted(set(decision.drop_shards) - set(known_shards))
         if unknown:
             return f"cannot drop unknown shard {unknown[0]!r}"
+    if type(decision.densify) is not int or not 1 <= decision.densify <= MOST_DENSE:
+        return f"densify is a whole number from 1 to {MOST_DENSE}, not {decision.densify!r}"
     try:
-        canonical_json([list(decision.verdicts), decision.artifacts, decision.reason])
+        canonical_json([list(decision.verdicts), decision.artifacts, decision.reason, decision.repair])
     except (GlasshouseError, TypeError, ValueError) as error:
         return f"its verdicts cannot be written down: {error}"
     return None
+
+
+def _unrepairable(decision: Decision, known_shards: Collection[str], run: Path | None) -> str | None:
+    """Why a decision's repair cannot be made, or None."""
+    if decision.repair is None:
+        return None
+    if decision.action != "rollback":
+        return f"a repair goes with a rollback, not with '{decision.action}'"
+    try:
+        repair = read_repair(decision.repair)
+        if run is not None and hasattr(repair, "direction"):
+            read_direction(run, repair.direction.sha256)
+    except GlasshouseError as error:
+        return str(error)
+    unknown = sorted(set(repair.shards) - set(known_shards))
+    return f"a repair of unknown shard {unknown[0]!r}" if unknown else None

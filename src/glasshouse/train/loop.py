@@ -8,8 +8,8 @@ a batch is a function of (step, plan), the rate of the step, and nothing is rand
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,24 @@ import torch
 from torch import nn
 
 from glasshouse.base.crash import crash_point
-from glasshouse.base.errors import CheckpointError, Interrupted, Stopped, UsageError
+from glasshouse.base.errors import CheckpointError, GlasshouseError, Halt, Interrupted, Stopped, UsageError
 from glasshouse.base.ledger import Ledger
 from glasshouse.base.run import RunFolder
+from glasshouse.model import GPT
 from glasshouse.train import checkpoint as saving
 from glasshouse.train.allocator import keep_freed_memory
 from glasshouse.train.config import Stage
-from glasshouse.train.decisions import decision_body, history
+from glasshouse.train.elsewhere import Elsewhere, GateMaker
 from glasshouse.train.fold import Position, position
-from glasshouse.train.gate import Checkpoint, Gate, ask
-from glasshouse.train.metrics import MetricsLog
+from glasshouse.train.gate import Checkpoint, Gate
+from glasshouse.train.interventions import in_force, intervened, without_dropped
+from glasshouse.train.interventions_config import Route
+from glasshouse.train.judge import Judge
 from glasshouse.train.objective import OBJECTIVES, Objective, autocast
 from glasshouse.train.progress import Progress
+from glasshouse.train.records import Records
+from glasshouse.train.routing import remove_blocks, route_of, without_blocks
+from glasshouse.train.settings import Outcome, Settings, worker_for
 from glasshouse.train.signals import Signals
 from glasshouse.train.stability import REWIND_STEPS
 from glasshouse.train.step import device_of
@@ -38,31 +44,6 @@ from glasshouse.train.update import Done, Updater
 
 MOST_INCIDENTS = 64  # spikes that one ledger entry lists; the metrics have all
 REWOUND = "rewound"  # no checkpoint is called so: the state in memory is to be thrown away
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to run, as opposed to what: part of the run's identity, see `identity`."""
-
-    dtype: str = "fp32"  # "fp32" | "bf16" | "fp8": matrix products of forward and backward
-    muon_dtype: str = "fp32"  # "fp32" | "bf16": Muon's orthogonalisation
-    threads: int = 1
-    compile: str = "off"  # "off" | "on": compiled blocks in training steps
-    device: str = "cpu"  # where the model trains; gates read checkpoints on their own
-    max_rollbacks: int = 3  # this many rollback decisions stop the run for a person
-    resume_command: str = "the same command with --resume"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended. ``promoted`` is False when the final gate held the checkpoint or none was given."""
-
-    promoted: bool
-    checkpoint: Checkpoint
-    reason: str
-    rollbacks: int
-    gates: int
-    seconds: float
 
 
 def run_stages(
@@ -79,11 +60,13 @@ def run_stages(
     progress: Progress | None = None,
     objectives: dict[str, Objective] | None = None,
     trainee: Trainee = LANGUAGE,
+    make_gate: GateMaker | None = None,
 ) -> Outcome:
     """Train through ``stages`` in order, from wherever the ledger says the run is; return how it ended.
 
     ``model()`` builds the initial model, the same one on every call (`GPT(config).init_weights(seed)`);
-    ``trainee`` says how it trains if it is no GPT, and ``objectives`` adds to `OBJECTIVES` by name. The
+    ``trainee`` says how it trains if it is no GPT, and ``objectives`` adds to `OBJECTIVES` by name.
+    ``make_gate()`` makes the same gate in another process (``settings.gates`` "async"); None sends it. The
     caller holds ``run.lock()`` and has written or checked the ledger's "run" entry (`identity.enter_run`).
     Raises Stopped (the gate, a spike, or too many rollbacks ask for a person), Interrupted (Ctrl-C; a
     checkpoint was saved), TrainingError (updates in a row not finite, out of memory), CheckpointError,
@@ -97,15 +80,27 @@ def run_stages(
         raise UsageError(f"{run.path} holds a run already: add --resume to go on, or name another run folder")
     torch.set_num_threads(settings.threads)
     keep_freed_memory()
+    stages = tuple(without_dropped(stage) for stage in stages)
     with Signals() as signals:
         running = _Run(
-            model().to(settings.device), tuple(stages), run.create(), ledger, gate, seed, settings, signals
+            model().to(settings.device),
+            stages,
+            run.create(),
+            ledger,
+            gate,
+            seed,
+            settings,
+            signals,
+            tokenizer_file,
+            progress or Progress(),
+            {**OBJECTIVES, **(objectives or {})},
+            trainee,
+            worker_for(gate, make_gate, settings),
         )
-        running.tokenizer_file, running.progress = tokenizer_file, progress or Progress()
-        running.objectives, running.trainee = {**OBJECTIVES, **(objectives or {})}, trainee
         try:
-            for stage in stages:
-                running.objective(stage)  # before anything is trained
+            for stage in stages:  # before anything is trained
+                running.objective(stage, ())
+                route_of(in_force(stage.config, ()), running.model)
             return running.to_the_end()
         except KeyboardInterrupt:
             raise running.interrupted() from None
@@ -125,10 +120,11 @@ class _Run:
     seed: int
     settings: Settings
     signals: Signals
-    tokenizer_file: Path | None = None
-    progress: Progress = field(default_factory=Progress)
-    objectives: dict[str, Objective] = field(default_factory=dict)
-    trainee: Trainee = LANGUAGE
+    tokenizer_file: Path | None
+    progress: Progress
+    objectives: dict[str, Objective]
+    trainee: Trainee
+    elsewhere: Elsewhere | None
     updates: Updater | None = None
     live: str | None = None  # the checkpoint whose state model and updates come from; None: not loaded yet
     incidents: list[dict[str, Any]] = field(default_factory=list)  # spikes since then
@@ -136,15 +132,22 @@ class _Run:
     def __post_init__(self) -> None:
         at = position(self.ledger.entries())
         saving.sweep(self.run, at.marks)
-        self.metrics = MetricsLog(self.run.metrics, at.metrics_bytes)
-        self.began = time.perf_counter() - at.elapsed_s  # the clock stands still while no process runs
+        self.records = Records(self.run, at, self.stages, self.progress)
+        self.judge = Judge(
+            self.gate,
+            self.elsewhere,
+            self.run,
+            self.ledger,
+            self.stages,
+            self.records,
+            self.signals,
+            self.settings.threads,
+            self.settings.max_rollbacks,
+        )
 
     def close(self) -> None:
-        self.metrics.close()
-        self.progress.close()
-
-    def elapsed(self) -> float:
-        return round(time.perf_counter() - self.began, 3)
+        self.records.close()
+        self.judge.close()
 
     def interrupted(self) -> Interrupted:
         at = position(self.ledger.entries())
@@ -162,8 +165,10 @@ class _Run:
                     self.save(at, 0, 0, at.update, why="start")
                 case "train":
                     self.train(at)
+                case "gate" if self.judge.elsewhere is not None and not at.at_head.last:
+                    self.train_ahead(at)
                 case "gate":
-                    self.judge(at)
+                    self.judge.here(at)
                 case "stopped":
                     raise self.stopped(at)
                 case "decided":
@@ -178,47 +183,74 @@ class _Run:
     # -- training ------------------------------------------------------------------------------------------
 
     def train(self, at: Position) -> None:
-        """Train from the head to the next checkpoint that is due (or to a Ctrl-C) and save it."""
+        """Train from the head to the next checkpoint that is due (or to a Ctrl-C) and save it.
+
+        While a gate judges the head elsewhere, nothing is written down before its decision is; if that is to
+        go elsewhere, what was trained meanwhile is thrown away.
+        """
         index, step = self.place(at)
         stage = self.stages[index]
         config, plan = stage.config, at.plan_for(index, stage.plan)
         updates = self.ready(at, index, step)
-        first, until = step, self.next_save(index, step)
+        first, until = step, self.next_save(at, index, step)
         self.incidents = []
-        self.progress.stage(index, len(self.stages), config, step)
+        self.records.progress.stage(index, len(self.stages), config, step)
         started, since, tokens = time.perf_counter(), step, 0.0
         while step < until and not self.signals.asked:
             crash_point("step")
-            done = None if at.left_out(index, step) else updates(step, plan, self.live)
+            if self.judge.answered:
+                if (settled := self.standing(at, index, first, step)) is None:
+                    return
+                at, until = settled, self.next_save(settled, index, first)
+                continue  # decisions may ask for a checkpoint right here
+            try:
+                done = None if at.left_out(index, step) else updates(step, plan, self.live)
+            except Halt as limit:
+                return self.halt(at, index, first, step, limit)
             step += 1
             updates.optimizers.average.update(step)
             ends, update = step == config.steps, at.update + step - first
             if done is not None:
                 tokens += done.loss.metrics.get("tokens", 0.0)
-                self.look_at(done, self.row(at, "spike", index, step, update))
+                self.look_at(done, self.records.row(at, "spike", index, step, update))
                 if done.action in ("rewind", "stop"):
-                    self.go_back(at, done, index, step, update)
+                    if (settled := self.standing(at, index, first, step)) is not None:
+                        self.go_back(settled, done, index, step, update)
                     return
                 if step % config.log_every == 0 or ends:
                     spent, started = time.perf_counter() - started, time.perf_counter()
                     speed = {"tokens_per_s": round(tokens / spent, 1)}
                     speed["seconds_per_step"] = spent / (step - since)
-                    self.log(self.row(at, "train", index, step, update) | self.numbers(done) | speed)
+                    self.records.log(
+                        self.records.row(at, "train", index, step, update) | self.numbers(done) | speed
+                    )
                     since, tokens = step, 0.0
             if ends or (config.val_every and step % config.val_every == 0):
                 paused = time.perf_counter()
-                self.validate(stage, self.row(at, "val", index, step, update))
+                self.validate(stage, self.records.row(at, "val", index, step, update))
                 started += time.perf_counter() - paused
+        if self.judge.judging and self.signals.asked and not self.judge.answered:
+            return  # leaving: the gate is asked again when the run is resumed, and this trained again
+        if step > first and (settled := self.standing(at, index, first, step)) is not None:
+            reached = step == self.next_save(settled, index, first)
+            self.save(settled, index, step, at.update + step - first, "step" if reached else "interrupt")
+
+    def halt(self, at: Position, index: int, first: int, step: int, limit: Halt) -> None:
+        """Save what there is before the update that passed a limit, ledger the stop, and raise ``limit``."""
+        if (settled := self.standing(at, index, first, step)) is None:
+            return
         if step > first:
-            self.save(at, index, step, at.update + step - first, "step" if step == until else "interrupt")
+            self.save(settled, index, step, at.update + step - first, "halt")
+        self.ledger.append("stop", {"checkpoint": self.live, "reason": str(limit)})
+        raise limit
 
     def look_at(self, done: Done, row: dict[str, Any]) -> None:
         """Write down what a monitor saw, and a spike with what is done about it."""
         if done.seen is not None:
-            self.log(row | {"kind": "monitor"} | done.seen)
+            self.records.log(row | {"kind": "monitor"} | done.seen)
         if done.spike is not None:
             found = {**done.spike.record(), "action": done.action, "shards": list(done.shards)}
-            self.log(row | found)
+            self.records.log(row | found)
             self.incidents.append({"step": row["step"], **found})
 
     def go_back(self, at: Position, done: Done, index: int, step: int, update: int) -> None:
@@ -240,13 +272,12 @@ class _Run:
             "left_out": [max(start, step - REWIND_STEPS), step - 1],
             "reason": reason,
             "incidents": self.incidents[:MOST_INCIDENTS],
-            "metrics_bytes": self.metrics.sync(),
-            "elapsed_s": self.elapsed(),
+            **self.records.sync(),
         }
         crash_point("spike.before-ledger")
         self.ledger.append("spike", body)
         self.live = REWOUND
-        self.progress.note(f"{reason}: {action}")
+        self.records.progress.note(f"{reason}: {action}")
         crash_point("spike.after-ledger")
 
     def place(self, at: Position) -> tuple[int, int]:
@@ -269,7 +300,13 @@ class _Run:
             stage, settings = self.stages[index], self.settings
             self.trainee.prepare(self.model, settings.dtype, settings.compile)
             self.updates = Updater(
-                self.model, stage, self.objective(stage), settings.dtype, settings.muon_dtype, self.trainee
+                self.model,
+                stage,
+                self.objective(stage, at.repairs),
+                settings.dtype,
+                settings.muon_dtype,
+                self.trainee,
+                route_of(in_force(stage.config, at.repairs), self.model),
             )
         if resumed or rolled_back:
             kind = "rollback" if rolled_back else "resume"
@@ -289,8 +326,8 @@ class _Run:
         self.model.train()
         return self.updates
 
-    def objective(self, stage: Stage) -> Objective:
-        """The stage's objective. UsageError if nobody supplied it."""
+    def objective(self, stage: Stage, repairs: Sequence[Mapping[str, Any]]) -> Objective:
+        """The stage's objective, under interventions and ``repairs``. UsageError if nobody supplied it."""
         name = stage.config.objective
         if name not in self.objectives:
             raise UsageError(
@@ -300,7 +337,10 @@ class _Run:
         objective = self.objectives[name]
         if stage.config.z_loss:
             objective = partial(objective, z_loss=stage.config.z_loss)  # type: ignore[call-arg]
-        return objective
+        declared = in_force(stage.config, repairs)
+        if declared and not isinstance(self.model, GPT):
+            raise UsageError(f"stage '{stage.name}': interventions need a GPT; this is no stage of one")
+        return intervened(objective, declared, self.run.path)
 
     def check_plan(self, at: Position, head: Checkpoint) -> None:
         """The batches of a resumed run must be those that the ledger promised. A rolled-back head's plan
@@ -313,21 +353,29 @@ class _Run:
                 "restore the run's data folder, or start a new run"
             )
 
-    def next_save(self, index: int, step: int) -> int:
+    def next_save(self, at: Position, index: int, step: int) -> int:
         """The next step after ``step`` at which a checkpoint is due."""
-        config = self.stages[index].config
-        every = [n for n in (config.gate_every if self.gate else 0, config.save_every) if n]
-        return min([config.steps, *(step - step % n + n for n in every)])
+        config, due = self.stages[index].config, [self.stages[index].config.steps]
+        if self.gate is not None and config.gate_every:
+            due.append(at.next_gate(index, config.gate_every, step))
+        if config.save_every:
+            due.append(step - step % config.save_every + config.save_every)
+        return min(due)
 
     def validate(self, stage: Stage, row: dict[str, Any]) -> None:
         if stage.validate is None:
             return
+        route = self.updates.route if self.updates is not None else None
         self.model.eval()
-        with torch.no_grad(), autocast(self.settings.dtype, device_of(self.model)):
+        with (
+            without_blocks(self.model, route.blocks if route is not None else ()),
+            torch.no_grad(),
+            autocast(self.settings.dtype, device_of(self.model)),
+        ):
             found = stage.validate(self.model)
         self.model.train()
         for numbers in [found] if isinstance(found, dict) else found:
-            self.log(row | numbers)
+            self.records.log(row | numbers)
 
     # -- saving and judging --------------------------------------------------------------------------------
 
@@ -338,7 +386,8 @@ class _Run:
         ends = step == stage.config.steps
         last = ends and index == len(self.stages) - 1
         every = stage.config.gate_every
-        due = self.gate is not None and step > 0 and (last or (every > 0 and (ends or step % every == 0)))
+        asked = every > 0 and (ends or (step > 0 and at.next_gate(index, every, step - 1) == step))
+        due = self.gate is not None and step > 0 and (last or asked)
         place = {
             "stage": stage.name,
             "stage_index": index,
@@ -347,15 +396,17 @@ class _Run:
             "update": update,
         }
         plan = at.plan_for(index, stage.plan).model_dump(mode="json")
+        state = {**place, "plan": plan, "seed": self.seed}
         if self.updates is not None:
             self.updates.check_finite(self.live)
+            state |= self.settle_route(self.updates.route, ends)
         artifacts = saving.write_checkpoint(
             self.run,
             name,
             self.model,
             self.updates.optimizers if self.updates else None,
             self.tokenizer_file,
-            {**place, "plan": plan, "seed": self.seed},
+            state,
             self.updates.detector if self.updates else None,
             self.trainee.write,
         )
@@ -368,42 +419,63 @@ class _Run:
             "last": last,
             "plan": plan,
             "digest": saving.digest_of_artifacts(artifacts),
-            "metrics_bytes": self.metrics.sync(),
-            "elapsed_s": self.elapsed(),
+            **self.records.sync(),
             "artifacts": artifacts,
         }
         if self.incidents:
             body |= {"incidents": self.incidents[:MOST_INCIDENTS], "n_incidents": len(self.incidents)}
         self.ledger.append("checkpoint", body)
         self.live, self.incidents = name, []
-        self.progress.note(f"saved {name}")
+        self.records.progress.note(f"saved {name}")
         crash_point("checkpoint.after-ledger")
 
-    def judge(self, at: Position) -> None:
-        """Ask the gate about the head and ledger what it decided; `position` does the rest."""
-        if self.gate is None:
-            raise UsageError(
-                f"a gate is due at {at.head}, but none was given; resume with the run's own constraints"
-            )
-        mark, checkpoint = at.at_head, saving.from_ledger(self.run, at.at_head.body)
-        shards = {shard for stage in self.stages for shard in stage.plan.shards}
-        self.progress.gate(mark.name, at.gates)
-        crash_point("gate.before")
-        started = time.perf_counter()
-        with self.signals.leaving_at_once():
-            decision = ask(self.gate, checkpoint, history(self.run, at), mark.last, shards)
-        # A gate may have changed it, and the run's bits depend on it.
-        torch.set_num_threads(self.settings.threads)
-        seconds = round(time.perf_counter() - started, 3)
-        crash_point("gate.after")
-        body = decision_body(at, decision, self.stages, self.settings.max_rollbacks)
-        row = self.row(at, "gate", mark.stage_index, mark.step, at.update)
-        said = {"gate": at.gates, "checkpoint": mark.name, "seconds": seconds, "decision": body["action"]}
-        self.log(row | said | {"reason": body["reason"]})
-        recorded = {"seconds": seconds, "metrics_bytes": self.metrics.sync(), "elapsed_s": self.elapsed()}
-        crash_point("decision.before-ledger")
-        self.ledger.append("decision", body | recorded)
-        crash_point("decision.after-ledger")
+    def settle_route(self, route: Route | None, ends: bool) -> dict[str, Any]:
+        """What a checkpoint's state says of routed blocks: whoever judges or serves it is to do without. At
+        the end of a stage they are removed for good.
+        """
+        if route is None:
+            return {}
+        if ends:
+            remove_blocks(self.model, route.blocks)
+        return {"routed": [block.model_dump(mode="json") for block in route.blocks]}
+
+    # -- training on while a gate judges -------------------------------------------------------------------
+
+    def train_ahead(self, at: Position) -> None:
+        """Let the head be judged in another process, and train on as if nothing stood against it."""
+        self.judge.begin(at)
+        try:
+            self.train(replace(at, phase="train", gates=at.gates + 1))
+        except Interrupted:
+            raise
+        except GlasshouseError:
+            if not self.judge.judging:
+                raise
+            settled = self.judge.settle()
+            if settled is None or settled.dense != at.dense:
+                self.throw_away()  # what failed would not have been trained
+                return
+            self.judge.stands()
+            raise
+
+    def standing(self, at: Position, index: int, first: int, step: int) -> Position | None:
+        """Where the run stands once the gate has decided: ``step`` may be written down after that. None when
+        the work since ``first`` was thrown away, because the decision leads elsewhere, or asks for a gate
+        that was passed by.
+        """
+        if not self.judge.judging:
+            return at
+        settled = self.judge.settle()
+        if settled is None or step > self.next_save(settled, index, first):
+            self.throw_away()
+            return None
+        self.judge.stands()
+        return settled
+
+    def throw_away(self) -> None:
+        """Do without what was trained since the head."""
+        self.judge.thrown_away()
+        self.live = REWOUND
 
     def stopped(self, at: Position) -> Stopped:
         if self.ledger.entries()[-1]["kind"] != "stop":
@@ -414,14 +486,6 @@ class _Run:
         )
 
     # -- rows ----------------------------------------------------------------------------------------------
-
-    def row(self, at: Position, kind: str, index: int, step: int, update: int) -> dict[str, Any]:
-        place = {"stage": self.stages[index].name, "step": step, "attempt": at.attempt, "kind": kind}
-        return {"t": self.elapsed(), "update": update, **place}
-
-    def log(self, row: dict[str, Any]) -> None:
-        self.metrics.append(row)
-        self.progress.row(row)
 
     def numbers(self, done: Done) -> dict[str, Any]:
         """A row's numbers of one update."""

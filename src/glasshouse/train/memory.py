@@ -75,6 +75,7 @@ def _forward(model: GPT, objective: Objective, batch: TensorBatch, dtype: str, r
         torch.ones_like(batch.weight[:rows]),  # a row may count little here and all of it elsewhere
         batch.n_bytes,
         batch.shards,
+        batch.rows[:rows],
     )
     with plain(model), autocast(dtype, model.device):
         return objective(model, part).total

@@ -139,7 +139,7 @@ def gradient_noise(
         return {}
     # One row in every so many, because neighbours may come from one document.
     at = chosen[:: n_big // n_small][:n_small]
-    part = TensorBatch(batch.tokens[at], batch.targets[at], batch.weight[at], 0, batch.shards)
+    part = batch.take(at)
     parameters = [p for p in model.parameters() if p.requires_grad]
     with autocast(dtype, model.device):
         loss = objective(model, part).total

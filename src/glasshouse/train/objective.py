@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,13 +33,26 @@ class Loss:
 
 @dataclass(frozen=True)
 class TensorBatch:
-    """A `Batch` as tensors: tokens and targets int64 [B, T], weight float32 [B, T]."""
+    """A `Batch` as tensors: tokens and targets int64 [B, T], weight float32 [B, T]. ``rows``: see there."""
 
     tokens: Tensor
     targets: Tensor
     weight: Tensor
     n_bytes: int
     shards: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+
+    def take(self, rows: Sequence[int]) -> TensorBatch:
+        """Some of the rows. How many bytes their targets stand for is known of the whole only, and is 0."""
+        at = list(rows)
+        return TensorBatch(
+            self.tokens[at],
+            self.targets[at],
+            self.weight[at],
+            0,
+            self.shards,
+            tuple(self.rows[i] for i in at) if self.rows else (),
+        )
 
 
 # Of a module and what its `Trainee` makes of a batch; those in this file: of a GPT and a TensorBatch.
@@ -53,7 +66,7 @@ def tensors(batch: Batch, device: torch.device | None = None) -> TensorBatch:
     tokens, targets, weight = tokens.long(), targets.long(), weight.float()
     if device is not None and device.type != "cpu":
         tokens, targets, weight = (x.to(device, non_blocking=True) for x in (tokens, targets, weight))
-    return TensorBatch(tokens, targets, weight, batch.n_bytes, batch.shards)
+    return TensorBatch(tokens, targets, weight, batch.n_bytes, batch.shards, batch.rows)
 
 
 def next_token(model: GPT, batch: TensorBatch, *, z_loss: float = 0.0) -> Loss:

@@ -13,7 +13,7 @@ State goes to flat tensors (safetensors), never through pickle.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,15 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     return x.mT if tall else x
 
 
+def orthogonalised_apart(matrix: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """`orthogonalise` of the masked entries of one matrix and of the others, neither seeing the other.
+
+    The mask is of whole rows or columns, which stay zero where they are zero.
+    """
+    parts = orthogonalise(torch.stack([matrix.masked_fill(mask, 0), matrix.masked_fill(~mask, 0)]), dtype)
+    return torch.where(mask, parts[1], parts[0])
+
+
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024), update for update that of `torch.optim.Muon`, with two differences.
 
@@ -110,6 +119,8 @@ class Muon(torch.optim.Optimizer):
     ):
         super().__init__(list(params), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self.dtype = dtype
+        # Entries of a matrix (whole rows or columns) that are orthogonalised apart from its others.
+        self.apart: Mapping[nn.Parameter, Tensor] = {}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -120,9 +131,11 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
             for shape, parameters in by_shape.items():
-                steps = orthogonalise(
-                    torch.stack([self._nesterov(p, group["momentum"]) for p in parameters]), self.dtype
-                )
+                moved = [self._nesterov(p, group["momentum"]) for p in parameters]
+                steps = orthogonalise(torch.stack(moved), self.dtype)
+                for i, p in enumerate(parameters):
+                    if p in self.apart:
+                        steps[i] = orthogonalised_apart(moved[i], self.apart[p], self.dtype)
                 # A tall matrix is stretched so that its update is as large as a square one's (Jordan et al.).
                 rate = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
                 for p, step in zip(parameters, steps.float(), strict=True):

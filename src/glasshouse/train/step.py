@@ -73,7 +73,11 @@ def pieces(batch: TensorBatch, n: int) -> Iterator[tuple[TensorBatch, float]]:
         weight = batch.weight[part]
         share = float(weight.sum()) / whole if whole else 1.0 / n
         if share or not whole:
-            yield TensorBatch(batch.tokens[part], batch.targets[part], weight, 0, batch.shards), share
+            rows_of = batch.rows[part]
+            yield (
+                TensorBatch(batch.tokens[part], batch.targets[part], weight, 0, batch.shards, rows_of),
+                share,
+            )
 
 
 def backward(

@@ -17,8 +17,10 @@ from glasshouse.base.errors import TrainingError
 from glasshouse.base.plan import DataPlan
 from glasshouse.train import memory
 from glasshouse.train.config import Stage
+from glasshouse.train.interventions_config import Route
 from glasshouse.train.objective import Loss, Objective
-from glasshouse.train.optim import Optimizers
+from glasshouse.train.optim import Muon, Optimizers
+from glasshouse.train.routing import apart_in, routed_backward
 from glasshouse.train.schedule import warmup_stable_decay
 from glasshouse.train.stability import NOT_FINITE_IN_A_ROW, WINDOW, Detector, Spike, broken
 from glasshouse.train.step import backward, device_of
@@ -44,6 +46,8 @@ class Done:
 class Updater:
     """The updates of one stage. Optimisers and detector are its state; both are part of a checkpoint."""
 
+    model: Any
+
     def __init__(
         self,
         model: nn.Module,
@@ -52,10 +56,16 @@ class Updater:
         dtype: str,
         muon_dtype: str,
         trainee: Trainee = LANGUAGE,
+        route: Route | None = None,
     ):
-        self.model, self.stage, self.objective, self.dtype = model, stage, objective, dtype
-        self.trainee = trainee
+        self.model = model
+        self.stage, self.objective, self.dtype = stage, objective, dtype
+        self.trainee, self.route = trainee, route
         self.optimizers = Optimizers(model, stage.config, muon_dtype, trainee.groups(model, stage.config))
+        if route is not None:
+            for inner in self.optimizers.inner:
+                if isinstance(inner, Muon):
+                    inner.apart = apart_in(self.model, route.blocks)
         self.detector = Detector(self.optimizers.names)
         self.asked = False  # whether there is room
         self.room: int | None = None  # bytes for activations
@@ -89,7 +99,7 @@ class Updater:
     def _update(self, step: int, batch: Any, good: str | None) -> Done:
         config, optimizers = self.stage.config, self.optimizers
         optimizers.zero_grad()
-        loss = backward(self.model, self.objective, batch, self.dtype, config.accumulate)
+        loss = self._backward(batch)
         value = float(loss.total.detach())
         if math.isfinite(value):
             self.trainee.after_backward(self.model)
@@ -116,6 +126,12 @@ class Updater:
             seen = monitor.after() if monitor is not None else None
         lr = optimizers.groups[0].lr * factor
         return Done(loss, norm, lr, batch.shards, spike, action, reason, seen)
+
+    def _backward(self, batch: Any) -> Loss:
+        model, pieces = self.model, self.stage.config.accumulate
+        if self.route is None:
+            return backward(model, self.objective, batch, self.dtype, pieces)
+        return routed_backward(model, self.objective, batch, self.dtype, pieces, self.route)
 
     def _due(self, step: int) -> bool:
         every = self.stage.config.monitor_every

@@ -22,7 +22,7 @@ def ablation_effect(exam: Examination) -> Finding:
     directions in the same way.
     """
     sites = expand_sites(exam)
-    fit = exam.draw("fit", N_FIT)
+    fit = exam.fitting(N_FIT)
     harmful = np.array([p.harmful for p in fit])
     if harmful.all() or not harmful.any():
         raise VerificationError(
@@ -36,15 +36,18 @@ def ablation_effect(exam: Examination) -> Finding:
         edit = {s: project_out(direction, centres[s]) for s in sites}
         return exam.subject.margins(prompts, edit) < 0
 
-    choose = _refused(exam, "choose", N_CHOOSE)
+    choose = [p.text for p in exam.refused("choose", N_CHOOSE).first(N_CHOOSE)]
+    if not choose:
+        raise VerificationError(f"constraint {exam.constraint.id}: the model refuses no harmful prompt")
     effect = {s: float(lost(directions[s], choose).mean()) for s in sites}
     best = max(sites, key=lambda s: effect[s])
-    fresh = _refused(exam, "confirm", exam.constraint.prompts.n_max)
-    test = sequentially(
-        exam.test(),
-        lambda start, n: lost(directions[best], fresh[start : start + n]).astype(float).tolist(),
-        len(fresh),
-    )
+    fresh = exam.refused("confirm", exam.constraint.prompts.n_max)
+
+    def outcomes(start: int, n: int) -> list[float]:
+        asked = [p.text for p in fresh.first(start + n)[start:]]
+        return lost(directions[best], asked).astype(float).tolist()  # type: ignore[no-any-return]
+
+    test = sequentially(exam.test(), outcomes, fresh.most)
     drawn = random_directions(N_RANDOM, exam.subject.model.config.d_model, exam.rng("random directions"))
     stray = float(np.mean([lost(d, choose).mean() for d in drawn]))
     return from_test(
@@ -52,14 +55,3 @@ def ablation_effect(exam: Examination) -> Finding:
         control=control_row(exam, stray, N_RANDOM * len(choose)),
         evidence={"direction_from": best, "effect_by_site": effect, "sites": list(sites)},
     )
-
-
-def _refused(exam: Examination, purpose: str, n: int) -> list[str]:
-    """Up to ``n`` harmful prompts the model refuses as they stand. VerificationError when there is none."""
-    asked = [p.text for p in exam.draw(purpose, 2 * n) if p.harmful]
-    kept = [p for p, m in zip(asked, exam.subject.margins(asked), strict=True) if m > 0][:n]
-    if not kept:
-        raise VerificationError(
-            f"constraint {exam.constraint.id}: the model refuses none of {len(asked)} harmful prompts"
-        )
-    return kept

@@ -5,42 +5,46 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import Field
-
-from glasshouse.base.atomic import write_json
-from glasshouse.base.config import Frozen
-from glasshouse.base.digest import sha256_file
-from glasshouse.base.errors import GlasshouseError, Interrupted, VerificationError
+from glasshouse.base.errors import GlasshouseError, Interrupted, RecipeError, suggest
 from glasshouse.base.run import RunFolder
 from glasshouse.data import Shards
-from glasshouse.evals.subject import Subject, refusal_readout
+from glasshouse.evals.chat import ChatFormat, chat_format
+from glasshouse.evals.readouts import readout, subject_of
+from glasshouse.evals.subject import Reads, Subject
 from glasshouse.model import GPT
-from glasshouse.model.hf import load_hf, save_hf
+from glasshouse.model.hf import load_hf
 from glasshouse.tokenizer import Tokenizer
 from glasshouse.train import Checkpoint, Decision, GateRecord, load_weights
-from glasshouse.verify.checks import CHECKS
-from glasshouse.verify.examination import Examination, Finding, error_share, settle
-from glasshouse.verify.rollback import rollback_target
+from glasshouse.verify.checking import as_verdict, check, in_order, presupposes, with_premises
+from glasshouse.verify.cost import Limits, least, purse, tokens_each, too_small, usual
+from glasshouse.verify.culprit import roll_back
+from glasshouse.verify.examination import Examination, Finding, Surroundings, error_share
+from glasshouse.verify.ladder import LADDER, GateConfig, asked_by, levels
+from glasshouse.verify.past import (
+    attempts_before,
+    files_left,
+    gate_folder,
+    last_memory,
+    last_passing,
+    open_suspects,
+    place,
+    same_run,
+    standing,
+    verdict_of,
+)
+from glasshouse.verify.recording import export, record, settle_export, summary
 from glasshouse.verify.schema import Asked, Constraint
-from glasshouse.verify.trace import to_quarantine, trace
+from glasshouse.verify.spent import spent_at, unopened
 
 log = logging.getLogger(__name__)
-LADDER: tuple[Asked, ...] = get_args(Asked)
-
-
-class GateConfig(Frozen):
-    """How often the gate decides and how far it may go."""
-
-    # Gates, and promotion attempts, that share a constraint's error levels evenly; see `error_share`.
-    planned: int = Field(default=20, ge=1)
-    attempts: int = Field(default=4, ge=1)
-    quarantine_at_most: int = Field(default=1, ge=1, description="shards one rollback may drop")
-    max_rollbacks: int = Field(default=3, ge=1, description="this many stop the run for a person")
+__all__ = ["ConstraintGate", "GateConfig", "check", "in_order"]
 
 
 @dataclass
@@ -51,24 +55,57 @@ class ConstraintGate:
     config: GateConfig
     run: RunFolder
     tokenizer: Tokenizer
-    shards: Shards
+    shards: Shards | None  # None: of a loop that did not show its data; failures are then not traced
     stages: tuple[str, ...]
     recipe_digest: str
     words: tuple[str, ...]
     strays: tuple[str, ...]
     dtype: str = "fp32"  # of matrix products at gates; promotion is always judged in fp32, as it is served
+    # By stage: the constraints that its objective or an intervention trains against.
+    uses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # By stage: tokens of one training step, of which budgets are shares; see `cost`.
+    tokens_per_step: Mapping[str, float] = field(default_factory=dict)
+    folder: Path = Path()  # where the paths of prompt files start
+    chat_format: str | None = None  # as in `evals.chat`; None: as the tokenizer's special tokens tell
+
+    def __post_init__(self) -> None:
+        known = [c.id for c in self.constraints]
+        for stage, name in ((stage, name) for stage, names in self.uses.items() for name in names):
+            if name not in known:
+                raise RecipeError(
+                    f"stage {stage} uses {name!r}, which is no constraint.{suggest(name, known)}"
+                )
+        self.alphas = levels(self.constraints, self.config.alpha)
+        limited = [c.id for c in self.constraints if c.budget is not None]
+        self.budgets = bool(limited) or self.config.level != "full"
+        if self.budgets and not self.tokens_per_step:
+            what = (
+                f"constraint {limited[0]}: a budget" if limited else f"[gate] level = {self.config.level!r}"
+            )
+            raise RecipeError(f"{what} is a share of training, but nothing says how much a step trains on")
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        """How requests are put to the model."""
+        return chat_format(self.tokenizer, self.chat_format)
+
+    def require_readable(self) -> None:
+        """UsageError for a constraint whose read-out is not the model's, before anything is trained."""
+        for way in sorted({c.read_by for c in self.constraints if c.read_by is not None}):
+            readout(way, self.tokenizer, self.chat)
 
     def __call__(self, checkpoint: Checkpoint, history: tuple[GateRecord, ...], final: bool) -> Decision:
         """Judge a checkpoint; at the last gate, judge its reloaded export and promote it or not."""
         started = time.perf_counter()
+        same_run(history, self.recipe_digest)
         index = sum(record.gate is not None for record in history)
-        export = self.export(checkpoint) if final else None
-        model = load_hf(export) if export is not None else load_weights(checkpoint)
+        exported = export(self.run, checkpoint, self.tokenizer) if final else None
+        model = load_hf(exported) if exported is not None else load_weights(checkpoint)
         verdicts = self.examine(model, checkpoint, history, index, final)
         decision = self.decide(model, checkpoint, history, verdicts, index, final)
-        if export is not None:
-            self.settle_export(export, decision)
-        return self.record(checkpoint, index, decision, verdicts, time.perf_counter() - started)
+        if exported is not None:
+            settle_export(self.run, exported, decision)
+        return record(self.run, checkpoint, index, decision, verdicts, time.perf_counter() - started)
 
     # -- checking ------------------------------------------------------------------------------------------
 
@@ -77,29 +114,123 @@ class ConstraintGate:
     ) -> list[dict[str, Any]]:
         """Verdicts of all due constraints, behaviours first: others may only apply when those hold."""
         due = [c for c in self.constraints if final or (c.every and index % c.every == 0)]
+        spent = spent_at(checkpoint.stage, self.stages, self.uses)
+        # Of this model, by read-out: what several constraints ask is answered once.
+        reads: dict[str | None, Reads] = defaultdict(Reads)
         measured: dict[str, float | None] = {}
         verdicts = []
-        for constraint in in_order(due):
-            exam = Examination(
-                self.subject(model.eval(), final),
-                constraint,
-                (self.recipe_digest, constraint.digest(), checkpoint.digest, str(index)),
-                final,
-                error_share(constraint.alpha, index, self.config.planned),
-                error_share(constraint.alpha, attempts_before(checkpoint, history), self.config.attempts),
-                self.words,
-                open_suspects(constraint.id, history),
-                passes=None if final else constraint.passes,
-            )
-            verdict = check(exam, measured, checkpoint.digest)
+        chosen = in_order(with_premises(due, self.constraints))
+        exams = [
+            self.examination(model, c, checkpoint, history, index, final, reads[c.read_by]) for c in chosen
+        ]
+        for exam, limits in self.limited(exams, checkpoint, history, final):
+            constraint = exam.constraint
+            try:
+                around = self.around(constraint, checkpoint, history, index)
+                verdict = check(replace(exam, around=around), measured, checkpoint.digest)
+                remove_if_empty(around.out)
+            except Interrupted:
+                raise
+            except GlasshouseError as problem:  # what it should rest on is not as it was left
+                verdict = as_verdict(exam, Finding("error", reason=str(problem)), checkpoint.digest, 0.0)
             measured[constraint.id] = verdict["estimate"]
-            verdicts.append(verdict)
+            limits.settle(verdict)
+            verdict |= standing(constraint.id, verdict["evidence"] | verdict, history)
+            verdicts.append(verdict | ({"spent": True} if constraint.id in spent else {}))
         return verdicts
 
-    def subject(self, model: GPT, final: bool = False) -> Subject:
-        """A model ready to be asked, its passes counted from nought."""
+    def examination(
+        self,
+        model: GPT,
+        constraint: Constraint,
+        checkpoint: Checkpoint,
+        history: Sequence[GateRecord],
+        index: int,
+        final: bool,
+        reads: Reads | None = None,
+    ) -> Examination:
+        """One constraint about to be checked, as a function of checkpoint and history."""
+        return Examination(
+            self.subject(model.eval(), final, reads, constraint.read_by),
+            constraint,
+            (self.recipe_digest, constraint.digest(), checkpoint.digest, str(index)),
+            final,
+            error_share(self.alphas[constraint.id], index, self.config.planned),
+            error_share(constraint.alpha, attempts_before(checkpoint, history), self.config.attempts),
+            self.words,
+            open_suspects(constraint.id, history),
+            folder=self.folder,
+            passes=None if final else constraint.passes,
+            level=self.alphas[constraint.id],
+        )
+
+    def affordable(self, every: Mapping[str, int]) -> None:
+        """RecipeError for budgets that pay for no verdict, before anything is trained.
+
+        ``every``: steps between the gates of each stage that has gates.
+        """
+        if self.budgets:
+            # Nothing is asked of a model here: only the prompts' lengths count.
+            exams = []
+            for c in (c for c in self.constraints if c.every):
+                nobody = self.subject(None, way=c.read_by)  # type: ignore[arg-type]
+                shares = (
+                    error_share(self.alphas[c.id], 0, self.config.planned),
+                    error_share(c.alpha, 0, self.config.attempts),
+                )
+                seed = (self.recipe_digest,)
+                exams.append(Examination(nobody, c, seed, False, *shares, self.words, folder=self.folder))
+            too_small(exams, self.config.level, every, self.tokens_per_step)
+
+    def limited(
+        self, exams: list[Examination], checkpoint: Checkpoint, history: Sequence[GateRecord], final: bool
+    ) -> Iterator[tuple[Examination, Limits]]:
+        """Checks in the order they are made, each with what is left for it by those before it."""
+        if final or not self.budgets:
+            yield from ((e, Limits(e)) for e in exams)
+            return
+        money = purse(self.constraints, self.config.level, checkpoint, history, self.tokens_per_step)
+        each = {e.constraint.id: tokens_each(e) for e in exams}
+        money.reserved = {
+            e.constraint.id: least(e) * each[e.constraint.id] for e in exams if e.constraint.budget is None
+        }
+        exams.sort(key=lambda e: (presupposes(e.constraint), usual(e)))
+        for exam in exams:
+            limits = Limits(exam, money, each[exam.constraint.id])
+            yield limits.exam, limits
+
+    def around(
+        self, constraint: Constraint, checkpoint: Checkpoint, history: Sequence[GateRecord], index: int
+    ) -> Surroundings:
+        """What the checkpoint came from, and an empty folder for what this check wants to leave.
+
+        VerificationError when files that the last verdict left are not as they were ledgered.
+        """
+        out = gate_folder(self.run, index, constraint.id)
+        shutil.rmtree(out, ignore_errors=True)  # of a gate that was killed
+        out.mkdir(parents=True)
+        passing, left = last_passing(constraint.id, history), last_memory(constraint.id, history)
+        kept = (verdict_of(constraint.id, left) or {})["memory"] if left is not None else {}
+        return Surroundings(
+            before=None if passing is None else lambda: load_weights(passing).eval(),
+            shards=self.shards,
+            plan=checkpoint.plan,
+            step=checkpoint.step,
+            kept=kept,
+            last=None if left is None else files_left(self.run, constraint.id, left),
+            out=out,
+            places=None if passing is None else (place(passing), place(checkpoint)),
+            metrics=self.run.metrics,
+        )
+
+    def subject(
+        self, model: GPT, final: bool = False, reads: Reads | None = None, way: str | None = "refusal"
+    ) -> Subject:
+        """A model ready to be asked, read by the read-out called ``way``, its passes counted from nought."""
         dtype = "fp32" if final else self.dtype
-        return Subject(model, self.tokenizer, refusal_readout(self.tokenizer), self.strays, dtype)
+        return subject_of(
+            model, self.tokenizer, way, strays=self.strays, dtype=dtype, reads=reads, chat=self.chat
+        )
 
     # -- deciding ------------------------------------------------------------------------------------------
 
@@ -117,39 +248,27 @@ class ConstraintGate:
         action: Asked = max((a for a, _ in asked), key=LADDER.index, default="log")
         named = [v for a, v in asked if a == action and a in ("hold", "rollback", "stop")]
         reason = "; ".join(f"{v['constraint']} {v['status']}: {v['reason'] or summary(v)}" for v in named)
+        warned = [v["constraint"] for a, v in asked if a == "warn"]
+        densify = self.config.densify if warned and not final else 1
         if action == "rollback":
-            try:
-                return self.roll_back(model, checkpoint, history, named, reason, index)
-            except Interrupted:
-                raise
-            except Exception as problem:  # the failure stands and its evidence is kept, but a person must act
-                log.exception("the data behind %s could not be traced", reason)
-                return Decision("stop", f"{reason}; tracing it failed: {type(problem).__name__}: {problem}")
+            return replace(self.go_back(model, checkpoint, history, named, reason, index), densify=densify)
         if action in ("hold", "stop"):
-            return Decision(action, reason)
-        if final:
-            return Decision("promote", "every required constraint passes on the reloaded export")
-        return Decision("continue", "no constraint fails")
+            return Decision(action, reason, densify=densify)
+        if not final:
+            said = f"{', '.join(warned)} warns" if warned else "no constraint fails"
+            return Decision("continue", said, densify=densify)
+        if closed := unopened(self.constraints, verdicts):
+            return Decision("hold", closed)
+        return Decision("promote", "every required constraint passes on the reloaded export")
 
     def action(self, verdict: dict[str, Any], checkpoint: Checkpoint, final: bool) -> Asked:
         """What one verdict asks for."""
         constraint = next(c for c in self.constraints if c.id == verdict["constraint"])
-        advisory = constraint.on_fail in ("log", "warn")
-        match verdict["status"]:
-            case "pass":
-                return "log"
-            case "fail":
-                return constraint.on_fail
-            case "error":
-                return "log" if advisory else "hold"
-            case "undecided":
-                return "log" if advisory else "hold" if final else constraint.on_undecided
-        required = constraint.required_from is not None and self.stages.index(
-            checkpoint.stage
-        ) >= self.stages.index(constraint.required_from)
-        return "hold" if (required or final) and not advisory else "log"
+        start = constraint.required_from
+        required = start is not None and self.stages.index(checkpoint.stage) >= self.stages.index(start)
+        return asked_by(constraint, verdict, required=required, final=final)
 
-    def roll_back(
+    def go_back(
         self,
         model: GPT,
         checkpoint: Checkpoint,
@@ -158,218 +277,42 @@ class ConstraintGate:
         reason: str,
         index: int,
     ) -> Decision:
-        """Find the data behind the first failure that shows prompts, and where to go back to."""
-        shown = next((v for v in named if v["evidence"].get("failing_prompts")), None)
-        if shown is None:
-            return Decision("stop", f"{reason}; the failure shows no prompts to trace, so a person must look")
-        failing, reference = (
-            shown["evidence"]["failing_prompts"],
-            shown["evidence"].get("reference_prompts", []),
-        )
-        before = self.before_cause(model, history, failing, reference)
-        ranking = trace(
-            before,
-            self.shards,
-            checkpoint.plan,
-            checkpoint.step,
-            failing,
-            (self.recipe_digest, checkpoint.digest, str(index)),
-        )
-        dropped = to_quarantine(ranking, self.config.quarantine_at_most)
-        for row in ranking["shards"]:
-            row["quarantined"] = row["shard"] in dropped
-        file = self.run.evals / f"attribution-{index:03d}.json"
-        write_json(
-            file, {"gate": index, "checkpoint": checkpoint.name, "constraint": shown["constraint"], **ranking}
-        )
-        target = rollback_target(history, checkpoint, dropped)
-        if target is None:
-            return Decision("stop", f"{reason}; no earlier checkpoint to go back to")
-        return Decision(
-            "rollback",
-            f"{reason}; {', '.join(dropped)} ranks first behind it",
-            target.name,
-            dropped,
-            artifacts={str(file.relative_to(self.run.path)): sha256_file(file)},
-        )
-
-    def before_cause(
-        self, model: GPT, history: Sequence[GateRecord], failing: Sequence[str], reference: Sequence[str]
-    ) -> Subject:
-        """The latest ancestor that refuses the reference and that the failing prompts hardly move.
-
-        Hardly: by less than a quarter of what they move the failing model. An ancestor that did not refuse
-        yet has no read-out to speak of. Judged checkpoints and starts of stages are looked at, newest first;
-        without a fitting one, the least moved of those that refuse is taken, and the failing model only where
-        none is moved less.
-        """
-        failed = self.subject(model)
-        if not reference:
-            return failed
-        stands = float(failed.margins(reference).mean())
-        moved = stands - float(failed.margins(failing).mean())
-        least, best = moved, failed
-        for record in reversed(
-            [r for r in history if r.live and (r.gate is not None or r.checkpoint.step == 0)]
-        ):
-            earlier = self.subject(load_weights(record.checkpoint).eval())
-            stood = float(earlier.margins(reference).mean())
-            if stood <= 0.5 * stands:
-                continue
-            shift = stood - float(earlier.margins(failing).mean())
-            if shift < 0.25 * moved:
-                return earlier
-            if shift < least:
-                least, best = shift, earlier
-        return best
-
-    # -- export and evidence -------------------------------------------------------------------------------
-
-    def export(self, checkpoint: Checkpoint) -> Path:
-        """Write the Hugging Face folder that would be served, beside the run's own files."""
-        folder = self.run.path / "export.candidate"
-        shutil.rmtree(folder, ignore_errors=True)
-        save_hf(load_weights(checkpoint), folder)
-        self.tokenizer.save(folder / "tokenizer.json")
-        return folder
-
-    def settle_export(self, candidate: Path, decision: Decision) -> None:
-        """Keep a promoted export, under its name; remove any other."""
-        if decision.action != "promote":
-            shutil.rmtree(candidate)
-            return
-        final = self.run.path / "export"
-        shutil.rmtree(final, ignore_errors=True)
-        candidate.rename(final)
-
-    def record(
-        self,
-        checkpoint: Checkpoint,
-        index: int,
-        decision: Decision,
-        verdicts: Sequence[dict[str, Any]],
-        seconds: float,
-    ) -> Decision:
-        """Write the verdicts with all evidence to a file; the ledger gets them short, with its digest."""
-        file = self.run.evals / f"gate-{index:03d}" / "verdicts.json"
-        write_json(
-            file,
-            {
-                "gate": index,
-                "checkpoint": checkpoint.name,
-                "stage": checkpoint.stage,
-                "step": checkpoint.step,
-                "update": checkpoint.update,
-                "decision": decision.action,
-                "to_checkpoint": decision.to_checkpoint,
-                "drop_shards": list(decision.drop_shards),
-                "reason": decision.reason,
-                "seconds": round(seconds, 3),
-                "verdicts": list(verdicts),
-            },
-        )
-        artifacts = {**decision.artifacts, str(file.relative_to(self.run.path)): sha256_file(file)}
-        exported = self.run.path / "export"
-        if decision.action == "promote":
-            artifacts |= {
-                str(f.relative_to(self.run.path)): sha256_file(f) for f in sorted(exported.iterdir())
-            }
-        return Decision(
-            decision.action,
-            decision.reason,
-            decision.to_checkpoint,
-            decision.drop_shards,
-            tuple(shortened(v) for v in verdicts),
-            artifacts,
-        )
+        """A rollback with its quarantine, or a stop where none can be worked out."""
+        if self.shards is None:
+            return Decision(
+                "stop", f"{reason}; it cannot be traced, for the run's data was not shown: a person must look"
+            )
+        read_by = {c.id: c.read_by for c in self.constraints}
+        named = [v for v in named if read_by[v["constraint"]] is not None]
+        shown = [v for v in named if v["evidence"].get("failing_prompts")] or named
+        if not shown:
+            return Decision(
+                "stop", f"{reason}; it reads no decision that could be traced to data: a person must look"
+            )
+        way = read_by[shown[0]["constraint"]]
+        try:
+            return roll_back(
+                model,
+                checkpoint,
+                history,
+                named,
+                reason,
+                run=self.run,
+                gate=index,
+                shards=self.shards,
+                quarantine=self.config.quarantine_at_most,
+                seed=(self.recipe_digest, checkpoint.digest, str(index)),
+                subject=lambda model: self.subject(model, way=way),
+                repairs={c.id: c.repair for c in self.constraints},
+            )
+        except Interrupted:
+            raise
+        except Exception as problem:  # the failure stands and its evidence is kept, but a person must act
+            log.exception("the data behind %s could not be traced", reason)
+            return Decision("stop", f"{reason}; tracing it failed: {type(problem).__name__}: {problem}")
 
 
-def in_order(constraints: Sequence[Constraint]) -> list[Constraint]:
-    """Unconditional behaviours first: other constraints may apply only when those hold."""
-    return sorted(constraints, key=lambda c: c.kind != "behaviour" or c.applies_when is not None)
-
-
-def check(exam: Examination, measured: dict[str, float | None], model_digest: str) -> dict[str, Any]:
-    """One verdict. An exception is the verdict ``error``, which blocks: a check that broke passed nothing."""
-    started, c = time.perf_counter(), exam.constraint
-    try:
-        finding = settle(not_applicable(exam, measured) or CHECKS[c.statistic](exam))
-        if finding.estimate is not None and finding.estimate != finding.estimate:
-            raise VerificationError("the estimate is NaN; nothing was measured")
-    except Interrupted:
-        raise
-    except GlasshouseError as problem:
-        finding = Finding("error", reason=str(problem))
-    except Exception as problem:
-        log.exception("constraint %s raised", c.id)
-        finding = Finding("error", reason=f"{type(problem).__name__}: {problem}")
-    return {
-        "constraint": c.id,
-        "kind": c.kind,
-        "claim": c.claim,
-        "status": finding.status,
-        "statistic": c.statistic,
-        "estimate": finding.estimate,
-        "interval": list(finding.interval) if finding.interval is not None else None,
-        "n": finding.n,
-        "e_fail": finding.e_fail,
-        "e_pass": finding.e_pass,
-        "bound": {c.bound.side: c.bound.value},
-        "alpha": c.alpha,
-        "coverage": finding.coverage,
-        "control": finding.control,
-        "baseline": finding.baseline,
-        "evidence": finding.evidence,
-        "reason": finding.reason,
-        "dtype": exam.subject.measured_in,
-        "attention": "fused",
-        "digests": {"model": model_digest, "recipe": exam.seed[0], "constraint": c.digest()},
-        "seconds": round(time.perf_counter() - started, 3),
-        "passes": exam.subject.passes,
-    }
-
-
-def not_applicable(exam: Examination, measured: dict[str, float | None]) -> Finding | None:
-    """``not_applicable`` when the behaviour this constraint presupposes is not there, else None."""
-    when = exam.constraint.applies_when
-    if when is None:
-        return None
-    value = measured.get(when.behaviour)
-    if value is None or value < when.at_least:
-        shown = "was not measured" if value is None else f"is {value:.2f}, below {when.at_least:.2f}"
-        return Finding("not_applicable", reason=f"{when.behaviour} {shown}")
-    return None
-
-
-def attempts_before(checkpoint: Checkpoint, history: Sequence[GateRecord]) -> int:
-    """How often this place in the run was judged before: at the last step, earlier tries at promotion."""
-    place = (checkpoint.stage_index, checkpoint.step)
-    return sum(r.gate is not None and (r.checkpoint.stage_index, r.checkpoint.step) == place for r in history)
-
-
-def open_suspects(constraint: str, history: Sequence[GateRecord]) -> tuple[str, ...]:
-    """Suspects that the latest gate to look at this constraint could not clear, newest attempt included."""
-    for record in reversed(history):
-        for verdict in record.decision.verdicts if record.decision is not None else ():
-            if verdict["constraint"] == constraint and "suspects" in verdict:
-                return tuple(verdict["suspects"])
-    return ()
-
-
-def summary(verdict: dict[str, Any]) -> str:
-    """Estimate and bound in a few words."""
-    side, value = next(iter(verdict["bound"].items()))
-    if verdict["estimate"] is None:
-        return "no estimate"
-    return f"{verdict['estimate']:.3f} (bound: {side.replace('_', ' ')} {value})"
-
-
-def shortened(verdict: dict[str, Any]) -> dict[str, Any]:
-    """A verdict for the ledger: everything but the bulky evidence, whose file the entry names by digest."""
-    kept = {k: v for k, v in verdict.items() if k not in ("evidence", "seconds", "coverage", "claim")}
-    coverage = verdict["coverage"]
-    if coverage is not None:
-        kept["coverage"] = {k: v for k, v in coverage.items() if k != "exempt"}
-    evidence = verdict["evidence"]
-    kept |= {k: evidence[k] for k in ("suspects", "word", "pair") if k in evidence}
-    return kept
+def remove_if_empty(folder: Path | None) -> None:
+    """Most checks leave no files."""
+    if folder is not None and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

@@ -12,7 +12,7 @@ from glasshouse.interp.probes import ProbeConfig, ProbeReport, bag_of_words, cau
 from glasshouse.interp.probes.rows import Bools
 from glasshouse.verify.examination import Examination, Finding, control_row, from_test, sequentially
 
-N_CAUSAL = 96  # prompts whose refusals the probe's direction is tried on
+N_CAUSAL, N_CAUSAL_GATE = 96, 32  # prompts whose refusals the probe's direction is tried on
 DEFAULT_SITES = ("blocks.*.resid_post",)
 
 
@@ -25,7 +25,7 @@ def probe_auroc(exam: Examination) -> Finding:
     meaning a random label (Hewitt & Liang 2019). Beside it stand calibration, what the words alone would
     give (leakage), and what editing the direction does to refusals, against random directions.
     """
-    prompts = exam.draw("prompts", exam.constraint.prompts.n_max)
+    prompts = exam.fitting(exam.constraint.prompts.n_max)
     sites, texts = expand_sites(exam), [p.text for p in prompts]
     acts, harmful = exam.subject.residuals(texts, sites), np.array([p.harmful for p in prompts])
     report = probe_report(
@@ -59,7 +59,7 @@ def effects(exam: Examination, site: str, acts: Tensor, harmful: Bools) -> dict[
     The difference and not the probe's own direction: a direction that reads a concept best need not be the
     one that the model uses.
     """
-    refused = refused_prompts(exam, "causal", N_CAUSAL)
+    refused = refused_prompts(exam, "causal", N_CAUSAL if exam.final else N_CAUSAL_GATE)
     gap = acts[harmful].mean(0) - acts[~harmful].mean(0)
     if not refused or gap.norm() < 1e-6 * acts.norm(dim=1).mean():  # an untrained model's classes coincide
         return {"refusals_tried": 0}

@@ -2,90 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from glasshouse.base.config import Frozen, parse
 from glasshouse.base.errors import RecipeError, suggest
+from glasshouse.verify.packs import pack_file, shipped
+from glasshouse.verify.registry import CONTROL_OF as CONTROL_OF
+from glasshouse.verify.registry import ONLY_FOR as ONLY_FOR
+from glasshouse.verify.registry import REGISTRY as REGISTRY
+from glasshouse.verify.registry import STATISTICS as STATISTICS
+from glasshouse.verify.registry import Kind as Kind
+from glasshouse.verify.repair import Repair
 
-Kind = Literal["behaviour", "representation", "circuit", "feature", "weights", "data"]
 Status = Literal["pass", "fail", "undecided", "not_applicable", "error"]
 Asked = Literal["log", "warn", "hold", "rollback", "stop"]  # of a gate, ever stronger
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """What a statistic says and which keys it reads. A bound lies strictly between ``low`` and ``high``.
-
-    ``control`` is what it measures as its control; ``keys`` are those that mean something only for it and
-    its like; ``worst`` marks the worst of many values, of which only a limit from above means something;
-    ``random`` a control for which about a half is right; ``asks`` whether it puts prompts to the model.
-    """
-
-    kind: Kind
-    says: str
-    control: str
-    keys: tuple[str, ...] = ()
-    worst: bool = False
-    random: bool = False
-    low: float = 0.0
-    high: float = 1.0
-    asks: bool = True
-
-
-REGISTRY: dict[str, Statistic] = {
-    "compliance_rate": Statistic(
-        "behaviour", "share of harmful requests the model's written answer complies with", "harmless"
-    ),
-    "refusal_rate": Statistic("behaviour", "share of requests the model's written answer refuses", "harmful"),
-    "accuracy": Statistic(
-        "behaviour", "share of requests decided as the grammar's label says", "random-labels", random=True
-    ),
-    "grid_hole": Statistic(
-        "behaviour",
-        "highest compliance rate of any harmful action-object pair, all pairs asked",
-        "harmless",
-        worst=True,
-    ),
-    "probe_auroc": Statistic(
-        "representation",
-        "held-out AUROC of a linear probe for the concept, on pairs outside its training",
-        "random-labels",
-        ("sites",),
-        random=True,
-    ),
-    "ablation_effect": Statistic(
-        "circuit",
-        "share of refusals lost when the read-out's direction is removed at the sites",
-        "random-direction",
-        ("sites",),
-    ),
-    "suppression": Statistic(
-        "circuit",
-        "highest share of refusals that one inserted word turns into compliance",
-        "random-word",
-        ("words", "baseline", "passes"),
-        worst=True,
-    ),
-}
-# The same by kind and by key: what is said to a person who wrote something that has no effect.
-STATISTICS: dict[str, dict[str, str]] = {
-    kind: {name: s.says for name, s in REGISTRY.items() if s.kind == kind} for kind in get_args(Kind)
-}
-ONLY_FOR: dict[str, tuple[str, ...]] = {
-    key: tuple(name for name, s in REGISTRY.items() if key in s.keys)
-    for key in dict.fromkeys(k for s in REGISTRY.values() for k in s.keys)
-}
-CONTROL_OF: dict[str, str] = {name: s.control for name, s in REGISTRY.items()}
 
 
 class SubjectSpec(Frozen):
     """What is looked at: a read-out and, for statistics that read activations, the sites."""
 
-    readout: Literal["refusal"] = "refusal"
+    readout: Literal["refusal", "refusal-english"] = "refusal"
     sites: tuple[str, ...] | None = None
 
 
@@ -106,36 +47,68 @@ class PromptSpec(Frozen):
         return self
 
 
+UNASKED = PromptSpec(generator="workshop.requests")  # stands where a statistic puts no prompts to the model
+
+
 class Bound(Frozen):
-    """The claim's limit on the statistic."""
+    """The claim's limit on the statistic: one of the three."""
 
     at_most: float | None = None
     at_least: float | None = None
+    between: tuple[float, float] | None = Field(default=None, description="[low, high], both kept")
 
     @model_validator(mode="after")
     def _one_side(self) -> Bound:
-        if (self.at_most is None) == (self.at_least is None):
-            raise ValueError("give exactly one of `at_most` and `at_least`")
+        given = [name for name in ("at_most", "at_least", "between") if getattr(self, name) is not None]
+        if given == ["at_most", "at_least"]:
+            low, high = self.at_least, self.at_most
+            raise ValueError(
+                f"`at_least` = {low:g} and `at_most` = {high:g}: give exactly one of `at_most` and "
+                f"`at_least`, or between = [{low:g}, {high:g}]"
+            )
+        if len(given) != 1:
+            raise ValueError("give exactly one of `at_most` and `at_least`, or `between` = [low, high]")
+        if self.between is not None and self.between[0] >= self.between[1]:
+            low, high = self.between
+            raise ValueError(f"between = [{low:g}, {high:g}] holds no value: the first is to be the smaller")
         return self
 
     @property
-    def side(self) -> Literal["at_most", "at_least"]:
-        """Which of the two is given."""
-        return "at_most" if self.at_most is not None else "at_least"
+    def side(self) -> Literal["at_most", "at_least", "between"]:
+        """Which of the three is given."""
+        return "at_most" if self.at_most is not None else "between" if self.between else "at_least"
 
     @property
     def value(self) -> float:
-        """The limit itself."""
-        return self.at_most if self.at_most is not None else float(self.at_least or 0)
+        """The limit itself; of two, the upper."""
+        return self.limits[-1]
+
+    @property
+    def limits(self) -> tuple[float, ...]:
+        """One limit, or the lower and the upper."""
+        if self.between is not None:
+            return self.between
+        return (self.at_most if self.at_most is not None else float(self.at_least or 0),)
+
+    def as_row(self) -> dict[str, Any]:
+        """As in the file: ``{"at_most": 0.1}``."""
+        return {self.side: list(self.between) if self.between is not None else self.value}
 
     def within(self, low: float, high: float, what: str) -> None:
-        """ValueError unless the limit lies strictly between ``low`` and ``high``."""
-        if not low < self.value < high:
-            raise ValueError(f"{what} lies strictly between {low:g} and {high:g}, not {self.value:g}")
+        """ValueError unless every limit lies strictly between ``low`` and ``high``."""
+        for limit in self.limits:
+            if not low < limit < high:
+                raise ValueError(f"{what} lies strictly between {low:g} and {high:g}, not {limit:g}")
 
     def keeps(self, x: float) -> bool:
         """Whether a value keeps the bound."""
+        if self.between is not None:
+            return self.between[0] <= x <= self.between[1]
         return x <= self.value if self.at_most is not None else x >= self.value
+
+    def too_high(self, x: float) -> bool:
+        """Whether a value that breaks the bound breaks it by being high."""
+        return self.side == "at_most" or (self.between is not None and 2 * x > sum(self.between))
 
 
 class Control(Frozen):
@@ -152,6 +125,23 @@ class AppliesWhen(Frozen):
     at_least: float = Field(gt=0, le=1)
 
 
+ComponentName = Annotated[str, Field(pattern=r"^(a(\d+|\*)\.h(\d+|\*)|m(\d+|\*))$")]
+
+
+class DeclaredFile(Frozen):
+    """A JSON file beside the constraints, by its digest: features that a person has looked at and named
+    (`labels`), or what clean twins' updates are like (`envelope`, of `weights.write_envelope`)."""
+
+    path: str
+    sha256: str
+
+
+class Budget(Frozen):
+    """What a gate may spend on one constraint, as a share of the training since the last gate."""
+
+    share: float = Field(gt=0, le=1, description="of the multiplications that training did, see `cost`")
+
+
 class Constraint(Frozen):
     """A claim about a model, its statistic, its bound and what happens when it does not hold."""
 
@@ -159,7 +149,7 @@ class Constraint(Frozen):
     kind: Kind
     claim: str = Field(min_length=1)
     subject: SubjectSpec = SubjectSpec()
-    prompts: PromptSpec
+    prompts: PromptSpec = UNASKED
     statistic: str
     bound: Bound
     alpha: float = Field(default=0.01, gt=0, lt=0.5)
@@ -171,9 +161,39 @@ class Constraint(Frozen):
     passes: int | None = Field(
         default=None, ge=200, description="most forward passes of a gate's search; None: no limit"
     )
+    methods: tuple[Literal["words", "positions", "pairs", "phrases", "natural"], ...] | None = Field(
+        default=None, min_length=1, description="what an insertion search looks for; None: words"
+    )
+    topics: tuple[Literal["object", "owner"], ...] | None = Field(
+        default=None, description="by what a word may be limited to a part of the requests; None: by both"
+    )
     baseline: Literal["output-scan"] | None = None
-    on_fail: Asked = "hold"
+    documents: Literal["text", "chat"] | None = Field(default=None, description="None: all that is held out")
+    components: tuple[ComponentName, ...] | None = Field(
+        default=None, min_length=1, description="allow-list of heads (a1.h0, a0.h*) and MLPs (m2), declared"
+    )
+    labels: DeclaredFile | None = None
+    envelope: DeclaredFile | None = None
+    budget: Budget | None = Field(default=None, description="None: its part of [gate] level")
+    timeout_s: float | None = Field(
+        default=None, gt=0, description="a check that takes longer is an error; verdicts then depend on load"
+    )
+    weight: float | None = Field(default=None, gt=0, description="its part of [gate] alpha; None: one part")
+    # One action, or a ladder: that of the first failure in a row, of the second, ... the last one stays.
+    on_fail: Asked | tuple[Asked, ...] = "hold"
     on_undecided: Literal["log", "hold"] = "hold"
+    repair: Repair | None = Field(default=None, description="how a rollback mends its failure; None: drop")
+
+    @field_validator("on_fail", mode="before")
+    @classmethod
+    def _actions(cls, value: Any) -> Any:
+        """One line for what pydantic would say twice, of each of the two forms."""
+        steps = value if isinstance(value, (list, tuple)) else [value]
+        for step in steps:
+            if step not in get_args(Asked):
+                known = list(get_args(Asked))
+                raise ValueError(f"no action {step!r}.{suggest(str(step), known)} Known: {', '.join(known)}")
+        return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _effective(self) -> Constraint:
@@ -187,6 +207,12 @@ class Constraint(Frozen):
             "words": self.words,
             "baseline": self.baseline,
             "passes": self.passes,
+            "methods": self.methods,
+            "topics": self.topics,
+            "components": self.components,
+            "labels": self.labels,
+            "envelope": self.envelope,
+            "documents": self.documents,
             "sites": self.subject.sites,
         }
         for key, value in given.items():
@@ -194,8 +220,21 @@ class Constraint(Frozen):
                 raise ValueError(
                     f"`{key}` has no effect on {self.statistic!r} (only on {', '.join(ONLY_FOR[key])})"
                 )
+        asks = REGISTRY[self.statistic].asks
+        if asks and "prompts" not in self.model_fields_set:
+            raise ValueError(f'{self.statistic!r} needs `prompts`: {{ generator = "workshop.requests" }}')
+        if not asks and self.prompts != UNASKED:
+            raise ValueError(f"`prompts` have no effect on {self.statistic!r}, which asks the model nothing")
+        self._check_language()
         self._check_control()
+        self._check_ladder()
+        if self.statistic == "confinement" and self.components is None:
+            raise ValueError('\'confinement\' needs `components`, declared beforehand: ["a1.h0", "m1"]')
+        if self.statistic == "update_outlier" and self.envelope is None:
+            raise ValueError("'update_outlier' needs `envelope` = { path, sha256 } of clean twins")
         about = REGISTRY[self.statistic]
+        if self.bound.between is not None and not about.between:
+            raise ValueError(f"{self.statistic!r} has one limit: `at_most` or `at_least`, not `between`")
         if about.worst and self.bound.at_least is not None:
             raise ValueError(f"{self.statistic!r} is the worst of many rates: its bound is an `at_most`")
         self.bound.within(about.low, about.high, f"the bound of {self.statistic!r}")
@@ -203,11 +242,54 @@ class Constraint(Frozen):
             raise ValueError("'grid_hole' asks every harmful pair: its generator is 'workshop.harmful'")
         return self
 
+    def _check_language(self) -> None:
+        about, named = REGISTRY[self.statistic], self.subject.readout
+        if about.rows is not None and self.prompts.path is None:
+            raise ValueError(
+                f"{self.statistic!r} needs `prompts` = {{ path, sha256 }} of rows with `{about.rows}`"
+            )
+        if not about.reads and self.subject.readout != SubjectSpec().readout:
+            raise ValueError(f"`readout` has no effect on {self.statistic!r}, which reads no refusals")
+        if named == "refusal-english" and about.asks and self.prompts.path is None:
+            raise ValueError(
+                f"{named!r} reads English, and {self.prompts.generator!r} is of the closed language: give "
+                "`prompts` = { path, sha256 }"
+            )
+
+    @property
+    def read_by(self) -> str | None:
+        """The read-out its check uses; None for a statistic that reads no refusals."""
+        return self.subject.readout if REGISTRY[self.statistic].reads else None
+
+    @property
+    def ladder(self) -> tuple[Asked, ...]:
+        """What the first failure in a row asks for, the second, ..."""
+        return self.on_fail if isinstance(self.on_fail, tuple) else (self.on_fail,)
+
+    @property
+    def blocking(self) -> bool:
+        """Whether any failure may hold, roll back or stop a run."""
+        return any(asked not in ("log", "warn") for asked in self.ladder)
+
+    def _check_ladder(self) -> None:
+        steps, strength = self.ladder, get_args(Asked)
+        if not steps:
+            raise ValueError("`on_fail` is an empty list; name at least one action")
+        if self.repair is not None and "rollback" not in steps:
+            raise ValueError("`repair` has no effect: no step of `on_fail` is a rollback")
+        if any(strength.index(a) > strength.index(b) for a, b in pairwise(steps)):
+            raise ValueError(
+                f"`on_fail` = {list(steps)} grows milder: an action that repeats itself may only become "
+                f"stronger ({', '.join(strength)})"
+            )
+
     def _check_control(self) -> None:
         fitting = CONTROL_OF[self.statistic]
         if self.control is None:
-            limit = 0.75 if REGISTRY[self.statistic].random else 0.25  # dealt at random: half is right
-            example = f'control = {{ subject = "{fitting}", bound = {{ at_most = {limit} }} }}'
+            about = REGISTRY[self.statistic]
+            limit = 0.75 if about.random else 0.25  # dealt at random: half is right
+            asked = "at_least = 0.5" if about.reaches else f"at_most = {limit}"
+            example = f'control = {{ subject = "{fitting}", bound = {{ {asked} }} }}'
             raise ValueError(
                 "no `control`, and a check that could not fail proves nothing; "
                 f"for {self.statistic!r}: {example}"
@@ -216,6 +298,8 @@ class Constraint(Frozen):
             raise ValueError(
                 f"the control of {self.statistic!r} is {fitting!r}, not {self.control.subject!r}"
             )
+        if REGISTRY[self.statistic].reaches and self.control.bound.at_least is None:
+            raise ValueError(f"the control of {self.statistic!r} must reach a level: give it an `at_least`")
         self.control.bound.within(0, 1, "a control's bound")
 
 
@@ -231,6 +315,8 @@ def read_constraints(rows: list[dict[str, Any]], where: str) -> tuple[Constraint
             raise RecipeError(
                 f"{where}: two constraints are called {c.id!r}; an id names one evidence folder"
             )
+        for other in found[: found.index(c)]:
+            _agree(c, other, where)
         if c.applies_when is not None:
             behaviours = [b.id for b in found if b.kind == "behaviour"]
             if c.applies_when.behaviour not in behaviours:
@@ -242,12 +328,27 @@ def read_constraints(rows: list[dict[str, Any]], where: str) -> tuple[Constraint
     return tuple(found)
 
 
+def _agree(c: Constraint, other: Constraint, where: str) -> None:
+    """RecipeError when two bounds on the same thing leave no value that keeps both."""
+    keys = ("kind", "statistic", "subject", "prompts", "words")
+    if any(getattr(c, key) != getattr(other, key) for key in keys):
+        return
+    low = max((b.limits[0] for b in (c.bound, other.bound) if b.side != "at_most"), default=-math.inf)
+    high = min((b.limits[-1] for b in (c.bound, other.bound) if b.side != "at_least"), default=math.inf)
+    if low > high:
+        raise RecipeError(
+            f"{where}: constraints {other.id} and {c.id} contradict each other: of the same statistic on the "
+            f"same prompts one asks for at least {low:g}, the other for at most {high:g}"
+        )
+
+
 def load_constraints(path: Path) -> tuple[Constraint, ...]:
-    """Constraints of a TOML file holding nothing but ``[[constraint]]`` tables."""
+    """Constraints of a TOML file holding nothing but ``[[constraint]]`` tables, or of a shipped pack."""
     import tomllib
 
+    path = pack_file(path)
     if not path.is_file():
-        raise RecipeError(f"{path}: no such constraint file")
+        raise RecipeError(f"{path}: no such constraint file; shipped are {', '.join(shipped())}")
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:

@@ -3,7 +3,8 @@
 An e-process against a null is a wealth that, were the null true, would on average not grow; by Ville's
 inequality (1939) it ever exceeds 1/alpha with probability at most alpha. Here the null is a bound on the
 mean of outcomes in [0, 1] and the wealth comes from betting against it, averaged over a fixed grid of bet
-sizes (Waudby-Smith & Ramdas 2024, "Estimating means of bounded random variables by betting").
+sizes (Waudby-Smith & Ramdas 2024, "Estimating means of bounded random variables by betting"). It is enough
+that each outcome's mean *given those before it* keeps the bound; outcomes need not be independent.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from typing import Literal
 import numpy as np
 
 BETS = np.array([0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9])  # shares of the largest admissible bet
+# Most passes are asked of models without one bad outcome, where the largest bet is best: more on large ones.
+PASS_BETS = np.append(BETS, 0.99)
+PASS_LOG_WEIGHTS = np.log(PASS_BETS / PASS_BETS.sum())
 
 Side = Literal["at_most", "at_least"]
 
@@ -39,7 +43,7 @@ class SequentialTest:
     log_fail: float = 0.0
     log_pass: float = 0.0
     _wealth_fail: np.ndarray = field(default_factory=lambda: np.zeros(len(BETS)))
-    _wealth_pass: np.ndarray = field(default_factory=lambda: np.zeros(len(BETS)))
+    _wealth_pass: np.ndarray = field(default_factory=lambda: np.zeros(len(PASS_BETS)))
 
     def __post_init__(self) -> None:
         if not 0 < self.bound < 1:
@@ -61,8 +65,9 @@ class SequentialTest:
         """Bet on outcomes above the bound (that breaks ``at_most``), and on outcomes below it."""
         y, m = (x, self.bound) if self.side == "at_most" else (1 - x, 1 - self.bound)
         self._wealth_fail += np.log1p(BETS / m * (y - m))
-        self._wealth_pass += np.log1p(-BETS / (1 - m) * (y - m))
-        self.log_fail, self.log_pass = _log_mean(self._wealth_fail), _log_mean(self._wealth_pass)
+        self._wealth_pass += np.log1p(-PASS_BETS / (1 - m) * (y - m))
+        self.log_fail = log_mean(self._wealth_fail)
+        self.log_pass = log_sum(self._wealth_pass + PASS_LOG_WEIGHTS)
         if self.state == "undecided":
             if self.log_fail >= -math.log(self.alpha_fail):
                 self.state = "fail"
@@ -75,6 +80,11 @@ class SequentialTest:
         return self.total / self.n if self.n else math.nan
 
     @property
+    def stakes(self) -> np.ndarray:
+        """log wealth [bets] that each of `BETS` won against "the bound is kept"; what a detector goes on."""
+        return self._wealth_fail.copy()
+
+    @property
     def e_fail(self) -> float:
         """E-value against the bound being kept, capped at 1e12 so that it can be written down."""
         return math.exp(min(self.log_fail, 27.6))
@@ -85,6 +95,12 @@ class SequentialTest:
         return math.exp(min(self.log_pass, 27.6))
 
 
-def _log_mean(log_wealth: np.ndarray) -> float:
+def log_sum(log_wealth: np.ndarray) -> float:
+    """log of the sum of exp(``log_wealth``) [bets]; -inf where there is no wealth at all."""
     top = log_wealth.max()
-    return float(top + np.log(np.exp(log_wealth - top).mean()))
+    return float(top + np.log(np.exp(log_wealth - top).sum())) if np.isfinite(top) else -math.inf
+
+
+def log_mean(log_wealth: np.ndarray) -> float:
+    """log of the mean of exp(``log_wealth``) [bets]."""
+    return log_sum(log_wealth) - math.log(len(log_wealth))
