@@ -6,10 +6,11 @@ from glasshouse.base import errors
 from glasshouse.base.errors import GlasshouseError, suggest
 
 
-def test_every_error_kind_has_its_own_exit_code_except_the_recipe() -> None:
+def test_every_error_kind_has_its_own_exit_code_and_its_special_cases_share_it() -> None:
     kinds = [k for _, k in inspect.getmembers(errors, inspect.isclass) if issubclass(k, GlasshouseError)]
-    codes = {kind.__name__: kind.exit_code for kind in kinds if kind.__name__ != "RecipeError"}
-    assert len(set(codes.values())) == len(codes)
+    codes = {k.__name__: k.exit_code for k in kinds if k.__base__ in (GlasshouseError, Exception)}
+    assert len(set(codes.values())) == len(codes) >= 12
+    assert errors.Halt.exit_code == errors.TrainingError.exit_code
     assert 0 not in codes.values()
     assert errors.RecipeError.exit_code == errors.UsageError.exit_code == 2
 

@@ -29,7 +29,9 @@ def constraint(id: str, bound: str, n: int = 64) -> str:
 
 # A model this small never refuses.
 PASSES = constraint("complies-often", "at_least = 0.5")
-FAILS = constraint("complies-rarely", "at_most = 0.1")
+FAILS = constraint(
+    "complies-rarely", "at_most = 0.1", n=72
+)  # of other prompts: the same two would contradict
 UNDECIDED = constraint("too-few-prompts", "at_least = 0.9", n=8)
 
 

@@ -34,6 +34,9 @@ def test_gates_that_judge_while_training_goes_on_say_the_same(tmp_path: Path) ->
     recipe = write_recipe(tmp_path)
     for gates in ("sync", "async"):
         line = ["train", recipe, f"gates={gates}", "stage.sft.gate_every=2", "--run", tmp_path / gates]
+        line.append(
+            "constraint.complies-often.bound.at_least=0.2"
+        )  # far from what is measured, in either run
         done = call(*line, "--quiet")
         assert done.code == 0, done
     assert told(tmp_path / "async") == told(tmp_path / "sync")

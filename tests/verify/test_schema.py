@@ -102,6 +102,7 @@ def test_a_key_without_effect_on_the_statistic_is_refused(key: str) -> None:
         "baseline": "output-scan",
         "passes": 500,
         "methods": ["pairs"],
+        "topics": ["owner"],
         "sites": ["blocks.0.resid_post"],
         "components": ["a1.h0"],
         "documents": "text",
