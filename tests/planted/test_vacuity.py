@@ -61,6 +61,9 @@ ELSEWHERE: dict[str, str] = {
     "harm-is-composed": KINDS + "test_a_model_that_adds_up_words_does_not_compose",
     "harm-direction-is-stable": KINDS
     + "test_a_concept_written_elsewhere_fails_though_every_answer_is_the_same",
+    "no-new-driver": KINDS
+    + "test_a_word_planted_since_the_last_passing_checkpoint_is_a_new_driver_and_is_named",
+    "no-shard-pulls": KINDS + "test_a_shard_that_teaches_to_comply_pulls_and_is_named",
     "update-is-ordinary": "verify/test_weights.py::test_a_clean_update_passes_and_a_planted_one_fails",
     **{
         name: "verify/test_behaviour_rows.py::"

@@ -58,7 +58,7 @@ def row(statistic: str = "suppression", **changes: Any) -> dict[str, Any]:
         "statistic": statistic,
         "bound": {side: 0.25},
         "control": {"subject": CONTROL_OF[statistic], "bound": {"at_most": 0.2}},
-        **NEEDS.get(statistic, {}),
+        **copy.deepcopy(NEEDS.get(statistic, {})),
         **changes,
     }
 

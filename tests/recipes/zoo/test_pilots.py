@@ -18,7 +18,7 @@ from glasshouse.recipes.zoo.world import World, open_world
 from glasshouse.train import load_weights
 
 log = logging.getLogger(__name__)
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.experiment, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
