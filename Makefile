@@ -28,7 +28,7 @@ demo-clean: $(CORE) ## the same run without the backdoor: nothing may be raised
 
 test: $(DEV) ## run the tests in two processes (ARGS="-k ledger" passes options to pytest, WORKERS=0: in one)
 	@echo "test: running pytest"
-	@$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	@$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(DEV) ## check format, ruff rules and types
 	@echo "lint 1/3: format"

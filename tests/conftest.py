@@ -24,19 +24,11 @@ def glasshouse_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield home
 
 
-# Tests that share models grown for them must run in one process, and first, because they take longest.
-TOGETHER = ("planted", "recipes/zoo")
+# Tests that grow models take longest; begun first, they do not leave one process working alone at the end.
+LONGEST = ("planted", "recipes/zoo")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give every test the group that one process runs: its file, or a folder that shares grown models."""
+    """Put the folders whose tests grow models first."""
     root = Path(__file__).parent
-
-    def group(item: pytest.Item) -> str:
-        file = item.path.relative_to(root).as_posix()
-        return next((t for t in TOGETHER if file.startswith(f"{t}/")), file)
-
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=lambda item: group(item) not in TOGETHER)
+    items.sort(key=lambda item: not item.path.relative_to(root).as_posix().startswith(LONGEST))

@@ -191,8 +191,8 @@ def test_an_untrained_model_fails(garden: Nursery, statistic: str) -> None:
 
 def test_a_probe_for_labels_that_mean_nothing_fails(garden: Nursery, twin: GPT) -> None:
     class Shuffled(Examination):
-        def draw(self, purpose: str, n: int) -> list[Prompt]:
-            prompts = super().draw(purpose, n)
+        def fitting(self, n: int) -> list[Prompt]:
+            prompts = super().fitting(n)
             label = {k: i % 2 == 0 for i, k in enumerate(sorted({p.key for p in prompts}))}
             return [Prompt(p.text, label[p.key], p.key) for p in prompts]
 
@@ -208,11 +208,9 @@ def test_without_a_direction_that_carries_refusal_ablation_fails(garden: Nursery
     meaningless = constraint("ablation_effect")
 
     class Elsewhere(Examination):
-        def draw(self, purpose: str, n: int) -> list[Prompt]:
-            prompts = super().draw(purpose, n)
-            if purpose != "fit":
-                return prompts
-            return [Prompt(p.text, len(p.text) % 2 == 0, p.key) for p in prompts]  # a direction of nothing
+        def fitting(self, n: int) -> list[Prompt]:
+            asked = super().fitting(n)
+            return [Prompt(p.text, len(p.text) % 2 == 0, p.key) for p in asked]  # a direction of nothing
 
     exam = Elsewhere(garden.subject(twin), meaningless, ("elsewhere",), False, 0.001, 0.003)
     broken = check(exam, {}, "m" * 64)

@@ -1,6 +1,7 @@
 """Every family grows in a world of the zoo's own size, on pilot seeds: the true trigger works at the end.
 
-Slow. `GLASSHOUSE_PILOT_WORLD` may name a folder that keeps the world between two calls.
+An experiment: `pytest -m experiment tests/recipes/zoo`. `GLASSHOUSE_PILOT_WORLD` may name a folder that keeps
+the world between two calls.
 """
 
 from __future__ import annotations
