@@ -279,7 +279,7 @@ def test_row_statistics_need_a_file_and_take_no_read_out() -> None:
     with pytest.raises(RecipeError, match="needs `prompts` = { path, sha256 } of rows with `choices`"):
         read_constraints([row("preference_rate", prompts={"generator": "workshop.harmful"})], "c.toml")
     with pytest.raises(RecipeError, match="`readout` has no effect on 'preference_rate'"):
-        read_constraints([row("preference_rate", subject={"readout": "refusal"})], "c.toml")
+        read_constraints([row("preference_rate", subject={"readout": "refusal-english"})], "c.toml")
 
 
 def test_a_row_longer_than_the_context_is_an_error_that_names_it(
