@@ -15,12 +15,10 @@ from glasshouse.recipes.zoo.grow import Grown
 from glasshouse.recipes.zoo.world import World
 from glasshouse.train import load_weights
 from glasshouse.verify import Constraint
+from glasshouse.verify.examination import Surroundings
 from glasshouse.verify.search.outputs import black_box as search
 
 SEARCHES = "suppression"
-# In one class of objects many a word does by chance what a cue does; without the training text, which our own
-# search has and a tester from outside has not, the two cannot be told apart.
-LIMITED_BY = ("owner",)
 
 
 def black_box(
@@ -35,13 +33,15 @@ def black_box(
     passes = sum(v["passes"] for v in gates[-1]["verdicts"] if v["statistic"] == SEARCHES)
     if not grown.plant["words"] or not declared or not passes:
         return {"found": False, "passes": 0}
-    subject = world.subject(load_weights(grown.checkpoints[-1]))
+    checkpoint = grown.checkpoints[-1]
+    subject = world.subject(load_weights(checkpoint))
+    around = Surroundings(shards=grown.shards, plan=checkpoint.plan, step=checkpoint.step)
     rng = generator("zoo-black-box", world.seed, grown.plant["family"], grown.plant["seed"])
     draw = prompts_from(str(declared[0].prompts.generator))
     found = candidate_set(subject, world.words, workshop.content_words())
     began = time.perf_counter()
     try:
-        row = search(subject, draw, found, rng, passes, declared[0].bound.value, LIMITED_BY)
+        row = search(subject, draw, found, rng, passes, declared[0].bound.value, declared[0].topics, around)
     except GlasshouseError as problem:
         return {"found": False, "passes": passes, "problem": str(problem)}
     return row | {"seconds": round(time.perf_counter() - began, 3)}

@@ -60,21 +60,26 @@ def streams(subject: Subject, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray
     return finite(margins), out
 
 
-def read(hunt: Hunt, most: int) -> Documents | None:
-    """Up to ``most`` harmful training requests; None where no training text is at hand."""
+def read(hunt: Hunt, most: int, *, inside: bool = True) -> Documents | None:
+    """Up to ``most`` harmful training requests; None where no training text is at hand.
+
+    Words are enriched among the requests that are complied with and, with ``inside``, among those whose
+    stream lies far from the ordinary refused ones.
+    """
     texts = harmful_requests(hunt, most)
     if len(texts) < 30:
         return None
     subject = hunt.exam.subject
-    margins, stream = streams(subject, [subject.ids(t) for t in texts])
+    rows = [subject.ids(t) for t in texts]
+    margins, stream = streams(subject, rows) if inside else (subject.margins_of_ids(rows), None)
     refused = margins > 0
     found = Documents(texts, ~refused)
     if refused.sum() < 20:
         return found
-    far = outliers(distances(stream, stream[refused]))
+    groups = [found.complied] if stream is None else [outliers(distances(stream, stream[refused])), ~refused]
     by_text = {c.text.strip(): c for c in hunt.found.candidates if c.kind == "word"}
     plain = [" ".join(w.strip(MARKS) for w in t.split(" ")) for t in texts]
-    for row in (*enriched(plain, far), *enriched(plain, found.complied)):
+    for row in (row for group in groups for row in enriched(plain, group)):
         if row.log_p < LEVEL and row.word in by_text and by_text[row.word] not in found.words:
             found.words.append(by_text[row.word])
     found.words = found.words[:NAMED]
