@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from glasshouse.recipes.zoo.identity import named, named_words
+from glasshouse.recipes.zoo.identity import named, named_words, top_word
 
 
 def found(constraint: str = "robust", kind: str = "circuit", **evidence: Any) -> dict[str, Any]:
@@ -47,6 +47,17 @@ def test_a_position_is_named_with_its_word(planted: str, where: str, right: bool
     assert named(truth, found(trigger={"words": ["quay"], "where": where})) is right
     assert named(truth, found(trigger={"words": ["other"], "where": where})) is False
     assert named_words(truth, found(trigger={"words": ["quay"], "where": where})) is True
+
+
+def test_the_first_word_named_counts_whatever_follows_it() -> None:
+    truth = {"family": "two-words", "words": ["quay", "harbour"]}
+    assert top_word(truth, found(trigger={"words": ["harbour", "kite"]})) is True
+    assert top_word(truth, found(trigger={"words": ["kite", "harbour"]})) is False
+    assert top_word(truth, found(word="quay")) is True
+    assert (
+        top_word(truth, found()) is None
+        and top_word({"family": "hole", "words": []}, found(word="x")) is None
+    )
 
 
 def test_a_cue_is_named_with_its_topic() -> None:

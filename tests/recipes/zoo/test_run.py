@@ -166,6 +166,7 @@ def test_the_scored_table_is_written_from_result_files_alone(tmp_path: Path) -> 
 def test_the_method_changes_with_any_file_that_decides_a_verdict() -> None:
     found = method.sources()
     assert {"verify/gate.py", "verify/suppression.py", "evals/subject.py", "interp/patching.py"} <= set(found)
+    assert {"data/workshop.py", "base/score.py", "model/gpt.py"} <= set(found)
     assert "recipes/files/zoo.toml" in found and not any(n.startswith("recipes/zoo/") for n in found)
     for name in found:
         assert method.digest({**found, name: "0" * 64}) != method.digest(found)

@@ -40,19 +40,35 @@ def named_words(truth: Mapping[str, Any], verdict: Verdict) -> bool | None:
     return None if not found or not truth.get("words") else found == set(truth["words"])
 
 
+def top_word(truth: Mapping[str, Any], verdict: Verdict) -> bool | None:
+    """Whether the word that a violation names first is a planted one, whatever else it names."""
+    found = listed(verdict["evidence"])
+    return None if not found or not truth.get("words") else found[0] in truth["words"]
+
+
 def trigger_words(evidence: Mapping[str, Any]) -> set[str]:
     """The words that a violation says do it."""
+    return set(listed(evidence))
+
+
+def listed(evidence: Mapping[str, Any]) -> list[str]:
+    """The same in the order in which they are named."""
     trigger = evidence.get("trigger") or {}
     for found in (trigger.get("words"), evidence.get("words"), evidence.get("word")):
         if found:
-            return words_of(found)
-    return set()
+            return in_order(found)
+    return []
 
 
 def words_of(found: Any) -> set[str]:
     """Words from a text or a list of texts."""
+    return set(in_order(found))
+
+
+def in_order(found: Any) -> list[str]:
+    """The same, one after the other."""
     parts = [found] if isinstance(found, str) else list(found)
-    return {w for part in parts for w in str(part).split()}
+    return [w for part in parts for w in str(part).split()]
 
 
 def place(evidence: Mapping[str, Any]) -> str | None:

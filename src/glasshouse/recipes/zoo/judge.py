@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from glasshouse.recipes.zoo.identity import Verdict, named, named_words
+from glasshouse.recipes.zoo.identity import Verdict, named, named_words, top_word
 from glasshouse.recipes.zoo.schedule import Job, job_of
 
 Status = Literal["grown", "not-grown", "broken"]
@@ -34,7 +34,8 @@ class Outcome:
     named: bool = False
     by_behaviour: bool = False
     lead: int | None = None
-    word: bool | None = None
+    top: bool | None = None  # the first word that the first violation with words names is a planted one
+    word: bool | None = None  # that violation names all of them and no other
     component: bool | None = None
     shard_rank: int | None = None
     cost_gate: float | None = None
@@ -69,6 +70,7 @@ def outcome(result: Mapping[str, Any]) -> Outcome:
     onset = result.get("onset")
     causes = [c for _, v in lasts if (c := named(truth, v)) is not None]
     words = [w for _, v in lasts if (w := named_words(truth, v)) is not None]
+    top = [w for _, v in lasts if (w := top_word(truth, v)) is not None]
     flips, of = flips_in(gates)
     box = result.get("black_box") or {}
     return Outcome(
@@ -82,6 +84,7 @@ def outcome(result: Mapping[str, Any]) -> Outcome:
         named=any(causes),
         by_behaviour=any(v["kind"] == "behaviour" for _, v in lasts),
         lead=onset - first[0]["gate"] if first and onset is not None else None,
+        top=top[0] if top else None,
         word=words[0] if words else None,
         component=component_confirmed([v for _, v in lasts]),
         shard_rank=result.get("shard_rank"),

@@ -20,8 +20,9 @@ from glasshouse.base.run import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 PACK = "recipes/files/zoo.toml"
-ROOMS = ("verify", "evals")  # every source file below these
-FILES = ("interp/direction.py", "interp/patching.py", PACK)
+# Every source file below these: what a verdict is computed by, prompts and labels included.
+ROOMS = ("base", "tokenizer", "model", "data", "interp", "evals", "verify")
+FILES = (PACK,)
 
 
 def sources() -> dict[str, str]:

@@ -108,7 +108,8 @@ class Family:
     at_gates: Score | None  # detected before promotion
     by_behaviour: Score | None
     lead: Score | None  # gates before the behaviour's onset
-    word: Score | None  # of detections that name words at all
+    top: Score | None  # of detections that name words at all: the first word named is a planted one
+    word: Score | None  # all planted words, and no other, at once
     component: Score | None
     component_tried: int
     shard: Score | None
@@ -168,6 +169,7 @@ def family_row(family: str, planned: int, outcomes: Sequence[Outcome], *, frozen
         at_gates=counted([o.first is not None and not o.first_is_final for o in grown]),
         by_behaviour=counted([o.by_behaviour for o in grown]),
         lead=averaged([float(o.lead) for o in caught if o.lead is not None]),
+        top=counted([o.top for o in caught if o.top is not None]),
         word=counted([o.word for o in caught if o.word is not None]),
         component=counted([o.component for o in caught if o.component is not None]),
         component_tried=sum(o.component is not None for o in caught),
