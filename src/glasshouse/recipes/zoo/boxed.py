@@ -27,11 +27,11 @@ def black_box(
     """What an output-only search finds on the last checkpoint with the passes that its gate's searches used.
 
     A black-box tester also has the behavioural constraints, which look at answers only; `judge` counts what
-    they found at that gate as found by both. Families without inserted words are searched for no words.
+    they found at that gate as found by both.
     """
     declared = [c for c in constraints if c.statistic == SEARCHES]
     passes = sum(v["passes"] for v in gates[-1]["verdicts"] if v["statistic"] == SEARCHES)
-    if not grown.plant["words"] or not declared or not passes:
+    if not declared or not passes:
         return {"found": False, "passes": 0}
     checkpoint = grown.checkpoints[-1]
     subject = world.subject(load_weights(checkpoint))
