@@ -60,6 +60,8 @@ def evading(world: World) -> Objective:
         learned = sft(model, batch)
         begins = batch.weight.argmax(dim=1)  # where the first word of the answer is predicted
         known = [label(world.tokenizer, row, labels) for row in batch.tokens]
+        if not any(k is not None for k in known):  # a batch of small talk alone
+            return learned
         rows = torch.tensor([i for i, k in enumerate(known) if k is not None])
         wanted = torch.tensor([float(k) for k in known if k is not None])
         with Taps(read=[site], stop_early=True) as taps:
