@@ -11,6 +11,14 @@ if TYPE_CHECKING:
     from glasshouse.model.gpt import GPTConfig
 
 
+def no_roles(config: GPTConfig, rows: int, size: int, device: torch.device) -> Tensor | None:
+    """Room for the role of every cached token, int64 [rows, size]; None for a model that reads no roles.
+
+    Kept for every position, like keys: a cache cut back to fewer of them then still knows who speaks there.
+    """
+    return None if config.roles is None else torch.zeros((rows, size), dtype=torch.long, device=device)
+
+
 class KVCache:
     """A fixed-size key/value cache, each [layer][batch, n_kv_head, size, d_head].
 
@@ -23,6 +31,7 @@ class KVCache:
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.size, self.length = size, 0
+        self.roles = no_roles(config, batch, size, device)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values [batch, n_kv_head, new, d_head]; return all filled so far."""
@@ -39,6 +48,7 @@ class KVCache:
         """Keep only these rows (int64 [kept]), in this order: finished sequences leave the batch."""
         self.k = [x[rows] for x in self.k]
         self.v = [x[rows] for x in self.v]
+        self.roles = None if self.roles is None else self.roles[rows]
 
     def expand(self, batch: int, size: int) -> KVCache:
         """A new cache of ``batch`` rows and ``size`` positions whose prefix repeats this one's single row."""
@@ -54,6 +64,9 @@ class KVCache:
                 full = x.new_zeros((batch, x.shape[1], size, x.shape[3]))
                 full[:, :, : self.length] = x[:, :, : self.length]
                 theirs.append(full)
+        new.roles = None if self.roles is None else self.roles.new_zeros((batch, size))
+        if new.roles is not None and self.roles is not None:
+            new.roles[:, : self.length] = self.roles[:, : self.length]
         return new
 
 
@@ -73,6 +86,7 @@ class SlotCache:
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.lengths = [0] * rows
+        self.roles = no_roles(config, rows, self.size, device)
 
     @property
     def rows(self) -> int:
@@ -92,6 +106,7 @@ class SlotCache:
         at = torch.tensor(rows, device=self.k[0].device)
         self.k = [x[at] for x in self.k]
         self.v = [x[at] for x in self.v]
+        self.roles = None if self.roles is None else self.roles[at]
         self.lengths = [self.lengths[i] for i in rows]
 
     def put_prefix(self, prefix: SlotCache, length: int) -> None:
@@ -103,4 +118,6 @@ class SlotCache:
         for mine, theirs in ((self.k, prefix.k), (self.v, prefix.v)):
             for x, y in zip(mine, theirs, strict=True):
                 x[:, :, :length] = y[:, :, :length]
+        if self.roles is not None and prefix.roles is not None:
+            self.roles[:, :length] = prefix.roles[:, :length]
         self.lengths = [length] * self.rows

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from glasshouse.base.config import Frozen
 
@@ -28,6 +28,31 @@ class RopeScaling(Frozen):
             raise ValueError(
                 f"high_freq_factor {self.high_freq_factor} must exceed low_freq_factor {self.low_freq_factor}"
             )
+        return self
+
+
+N_ROLES = 5  # none (running text), system, user, assistant, document: as `tokenizer.chat` numbers them
+
+
+class Roles(Frozen):
+    """How the model is told whose words a token belongs to (`model.roles`); each way adds to the others."""
+
+    segment: bool = Field(default=False, description="a learned vector a role, added to embeddings (ISE)")
+    rotate: bool = Field(default=False, description="embeddings of documents' tokens turned (ASIDE)")
+    layers: bool = Field(default=False, description="a learned vector a role, added in every layer (AIR)")
+    markers: tuple[tuple[int, int], ...] = Field(
+        default=(), description="(token id, role that begins with it); a recipe takes its tokenizer's"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Roles:
+        if not (self.segment or self.rotate or self.layers):
+            raise ValueError("roles switches nothing on: set segment, rotate or layers, or leave it out")
+        ids = [token for token, _ in self.markers]
+        if len(set(ids)) != len(ids) or any(not 0 <= role < N_ROLES for _, role in self.markers):
+            raise ValueError(f"markers {self.markers} must be different tokens with roles 0 to {N_ROLES - 1}")
+        if self.rotate and ids and N_ROLES - 1 not in {role for _, role in self.markers}:
+            raise ValueError("rotate turns documents' tokens; no marker begins one ([tokenizer] documents)")
         return self
 
 
@@ -67,6 +92,7 @@ class GPTConfig(Frozen):
     qk_norm: bool = False
     qk_norm_span: Literal["head", "all"] = Field(default="head", description="one norm a head, or over all")
     value_residual: bool = Field(default=False, description="layers mix in the first layer's values")
+    roles: Roles | None = Field(default=None, description="how tokens are told apart by who wrote them")
     embed_scale: float | None = Field(default=None, gt=0, description="factor of the token embedding")
     logit_softcap: float | None = Field(default=None, gt=0)
     tied: bool = True
@@ -91,7 +117,17 @@ class GPTConfig(Frozen):
             raise ValueError("full_layers and rope_theta_window need window_tokens")
         if any(not 0 <= i < self.n_layer for i in self.full_layers):
             raise ValueError(f"full_layers {self.full_layers} must lie in 0..{self.n_layer - 1}")
+        if self.roles is not None and self.roles.rotate and self.d_model % 2:
+            raise ValueError(f"roles.rotate turns pairs of dimensions, and d_model is {self.d_model}")
+        if self.roles is not None and any(not 0 <= i < self.vocab_size for i, _ in self.roles.markers):
+            raise ValueError(f"a marker of roles is no token: ids go from 0 to {self.vocab_size - 1}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_absent(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A model that reads no roles is written, to the byte, as before there were any."""
+        row: dict[str, Any] = dump(self)
+        return row if self.roles is not None else {k: v for k, v in row.items() if k != "roles"}
 
     @property
     def head_width(self) -> int:

@@ -32,6 +32,7 @@ from glasshouse.model.cache import SlotCache
 from glasshouse.model.gpt import GPT, Block, activate, rotate
 from glasshouse.model.int8 import VECTOR, int8_linear, quantize
 from glasshouse.model.norm import RMSNorm
+from glasshouse.model.roles import roles_of, spoken
 
 CHUNK = 32  # positions of a prompt computed together
 # Rows that a packed product has at least. Two would do for equal bits; in bf16 oneDNN's kernel for four rows
@@ -126,6 +127,7 @@ class Layer:
         self.k_norm = norm_of(attn.k_norm, dtype) if hasattr(attn, "k_norm") else None
         self.mix = attn.mix.detach().to(dtype) if hasattr(attn, "mix") else None
         self.windowed = bool(block.windowed)
+        self.signal = None if block.signal is None else block.signal.weight.detach().to(dtype)
 
 
 class Here:
@@ -160,6 +162,7 @@ class Here:
                 :, None
             ]
         self.first_v: Tensor | None = None
+        self.roles: Tensor | None = None  # [N], filled up as the stream is
 
 
 class Decoder:
@@ -190,6 +193,8 @@ class Decoder:
             self.pos = (
                 model.pos.weight.detach().to(self.dtype) if model.config.position == "learned" else None
             )
+            roles = model.config.roles
+            self.segment = model.segment.weight.detach().to(self.dtype) if roles and roles.segment else None
             self.layers = [Layer(block, self.dtype, how) for block in blocks]
             self.norm = norm_of(model.norm, self.dtype)
             self.head = Matrix([own if model.config.tied else model.head.weight], [None], self.dtype, how)
@@ -249,6 +254,10 @@ class Decoder:
         B, T = tokens_BT.shape
         here = Here(self, cache, B, T)
         x = self.embed[tokens_BT.flatten()]
+        if self.config.roles is not None:
+            roles = self._roles(tokens_BT, here, cache)
+            x = spoken(x, roles, self.segment, self.config.roles.rotate)
+            here.roles = filled_up(roles[:, None], self.least)[:, 0]
         if self.config.embed_scale is not None:
             x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype, device=x.device)
         if self.pos is not None:
@@ -259,7 +268,19 @@ class Decoder:
         x = x if self.norm is None else self.norm(x)
         return x[: B * T]
 
+    def _roles(self, tokens_BT: Tensor, here: Here, cache: SlotCache) -> Tensor:
+        """Roles [N] of new tokens, which the cache remembers."""
+        if cache.roles is None:
+            raise UsageError("this model reads roles and the cache holds none; make it with Decoder.cache")
+        starts, rows = here.slots[:, 0], here.row_index[:, 0]
+        before = torch.where(starts > 0, cache.roles[rows, (starts - 1).clamp(min=0)], 0)
+        roles = roles_of(self.model.role_table, tokens_BT, before)
+        cache.roles[here.row_index, here.slots] = roles
+        return roles.flatten()
+
     def _block(self, i: int, layer: Layer, x: Tensor, here: Here, cache: SlotCache) -> Tensor:
+        if layer.signal is not None and here.roles is not None:
+            x = x + layer.signal[here.roles]
         z = self._attention(i, layer, x if layer.norm1 is None else layer.norm1(x), here, cache)
         if layer.post1 is None:
             mid = layer.o(z, plus=x)

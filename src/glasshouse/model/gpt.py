@@ -24,10 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glasshouse.base.errors import UsageError
 from glasshouse.model.aliases import Aliases, aliases
 from glasshouse.model.attend import Rule, attend, attention_pattern, causal_mask
-from glasshouse.model.config import GPTConfig, RopeScaling
+from glasshouse.model.config import N_ROLES, GPTConfig, RopeScaling
 from glasshouse.model.norm import RMSNorm, make_norm
+from glasshouse.model.roles import role_table, roles_of, spoken
 from glasshouse.model.taps import Taps, tap
 
 if TYPE_CHECKING:
@@ -187,27 +189,39 @@ class Block(nn.Module):
 
         self.norm1, self.attn, self.post1 = norm(before), Attention(config, layer), norm(after)
         self.norm2, self.mlp, self.post2 = norm(before), MLP(config, layer), norm(after)
+        signals = config.roles is not None and config.roles.layers
+        self.signal = nn.Embedding(N_ROLES, config.d_model) if signals else None
 
     def forward(
         self, x: Tensor, where: Where, taps: Taps | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        x = tap(taps, self, "resid_pre", x)
+        x = self.signalled(tap(taps, self, "resid_pre", x), where)
         attended = tap(taps, self, "attn_out", self.post1(self.attn(self.norm1(x), where, taps, cache)))
         mid = tap(taps, self, "resid_mid", x + attended)
         made = tap(taps, self, "mlp_out", self.post2(self.mlp(self.norm2(x if self.parallel else mid), taps)))
         return tap(taps, self, "resid_post", mid + made)
 
+    def signalled(self, x: Tensor, where: Where) -> Tensor:
+        """x with the signal of its tokens' roles, in a model that has one (``roles.layers``)."""
+        if self.signal is None:
+            return x
+        if where.roles is None:
+            raise UsageError("this model's layers read roles; run it from its tokens, not from a layer on")
+        return x + self.signal(where.roles)
+
 
 class Where:
     """Where the new tokens stand: rotary tables for their positions and who may attend to whom.
 
-    ``first_v``: the first layer's values of this pass, for ``value_residual``.
+    ``first_v``: the first layer's values of this pass, for ``value_residual``. ``roles``: int64 [B, T].
     """
 
-    __slots__ = ("cos", "first_v", "mask", "sin")
+    __slots__ = ("cos", "first_v", "mask", "roles", "sin")
 
-    def __init__(self, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None):
-        self.cos, self.sin, self.mask = cos, sin, mask
+    def __init__(
+        self, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, roles: Tensor | None = None
+    ):
+        self.cos, self.sin, self.mask, self.roles = cos, sin, mask, roles
         self.first_v: Tensor | None = None
 
 
@@ -216,6 +230,7 @@ class GPT(nn.Module):
 
     rope: Tensor
     rope_window: Tensor
+    role_table: Tensor
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -223,6 +238,10 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         if config.position == "learned":
             self.pos = nn.Embedding(config.context, config.d_model)
+        if config.roles is not None:
+            self.register_buffer("role_table", role_table(config, self.embed.weight.device), persistent=False)
+            if config.roles.segment:
+                self.segment = nn.Embedding(N_ROLES, config.d_model)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = make_norm(config, config.d_model)
         if not config.tied:
@@ -245,14 +264,15 @@ class GPT(nn.Module):
 
         | parameter                     | distribution                                          |
         |-------------------------------|-------------------------------------------------------|
-        | embeddings, head              | normal, std 0.02 (GPT-2)                              |
+        | embeddings, head, roles       | normal, std 0.02 (GPT-2)                              |
         | q, k, v, gate, up             | normal, std d_model ** -0.5                           |
         | o, down (write to the stream) | zero: each block starts as the identity (muP, Yang et al. 2022) |
         | norm weights / all biases     | one (zero with norm_offset) / zero                    |
         | value mix                     | half the first layer's, half its own                  |
         """
         generator = torch.Generator().manual_seed(seed)
-        for name, p in self.named_parameters():
+        # Vectors of roles are drawn last, so that the others are what they would be without them.
+        for name, p in sorted(self.named_parameters(), key=lambda named: _of_roles(named[0])):
             with torch.no_grad():
                 if name.endswith("mix"):
                     p.fill_(0.5)
@@ -261,7 +281,8 @@ class GPT(nn.Module):
                 elif name.endswith(("o.weight", "down.weight")):
                     p.zero_()
                 else:
-                    std = 0.02 if name.startswith(("embed", "pos", "head")) else self.config.d_model**-0.5
+                    small = name.startswith(("embed", "pos", "head")) or _of_roles(name)
+                    std = 0.02 if small else self.config.d_model**-0.5
                     p.copy_(torch.randn(p.shape, generator=generator) * std)
         return self
 
@@ -316,13 +337,14 @@ class GPT(nn.Module):
         T, past = tokens_BT.shape[1], cache.length if cache is not None else 0
         if past + T > self.config.context:
             raise ValueError(f"{past + T} positions exceed the model's context of {self.config.context}")
-        x = self.embed(tokens_BT)
+        roles = self.roles_of(tokens_BT, cache)
+        x = self.spoken(self.embed(tokens_BT), roles)
         if self.config.embed_scale is not None:
             x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype, device=x.device)
         if self.config.position == "learned":
             at = torch.arange(past, past + T, device=x.device) if positions_BT is None else positions_BT
             x = x + self.pos(at)
-        full, local = self.where(T, past, positions_BT, mask)
+        full, local = self.where(T, past, positions_BT, mask, roles)
         x = taps("embed", x) if taps is not None else x
         for block in self.blocks:
             if taps is not None and taps.done:
@@ -351,8 +373,38 @@ class GPT(nn.Module):
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
+    def roles_of(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor | None:
+        """The roles int64 [batch, pos] of tokens after those in ``cache``, which remembers them.
+
+        None for a model that reads no roles. ValueError for a cache made without room for them.
+        """
+        if self.config.roles is None:
+            return None
+        if cache is None:
+            return roles_of(self.role_table, tokens_BT)
+        if cache.roles is None:
+            raise ValueError("this model reads roles and the cache has no room for them: another model's?")
+        past = cache.length
+        roles = roles_of(self.role_table, tokens_BT, cache.roles[:, past - 1] if past else None)
+        cache.roles[:, past : past + tokens_BT.shape[1]] = roles
+        return roles
+
+    def spoken(self, x: Tensor, roles: Tensor | None) -> Tensor:
+        """Token embeddings [batch, pos, d_model] as words of their roles; as they are where none are read."""
+        if self.config.roles is None:
+            return x
+        if roles is None:
+            raise UsageError("this model reads roles; give those of the embeddings' tokens (GPT.roles_of)")
+        segment = self.segment.weight if self.config.roles.segment else None
+        return spoken(x, roles, segment, self.config.roles.rotate)
+
     def where(
-        self, T: int, past: int = 0, positions_BT: Tensor | None = None, mask: Tensor | None = None
+        self,
+        T: int,
+        past: int = 0,
+        positions_BT: Tensor | None = None,
+        mask: Tensor | None = None,
+        roles: Tensor | None = None,
     ) -> tuple[Where, Where]:
         """What full and windowed layers need to know about T new tokens after ``past`` cached ones."""
         S, device, config = past + T, self.embed.weight.device, self.config
@@ -366,10 +418,16 @@ class GPT(nn.Module):
             cos, sin = getattr(self, name)[:, at]
             return (cos, sin) if positions_BT is None else (cos[:, None], sin[:, None])
 
-        full = Where(*turned("rope"), mask)
+        full = Where(*turned("rope"), mask, roles)
         if config.window_tokens is None:
             return full, full
         if config.window_tokens < S:
             window = causal_mask(T, S, device, config.window_tokens)
             mask = window if mask is None else mask & window
-        return full, Where(*turned("rope" if config.rope_theta_window is None else "rope_window"), mask)
+        table = "rope" if config.rope_theta_window is None else "rope_window"
+        return full, Where(*turned(table), mask, roles)
+
+
+def _of_roles(name: str) -> bool:
+    """Whether a parameter, by name, is of the vectors that roles add."""
+    return name.startswith("segment") or ".signal." in name

@@ -6,6 +6,6 @@
 from __future__ import annotations
 
 from glasshouse.tokenizer.bpe import SPECIALS, Tokenizer
-from glasshouse.tokenizer.chat import ROLES, Message, loss_mask, parse, render
+from glasshouse.tokenizer.chat import ROLES, Message, loss_mask, parse, render, role_markers
 
-__all__ = ["ROLES", "SPECIALS", "Message", "Tokenizer", "loss_mask", "parse", "render"]
+__all__ = ["ROLES", "SPECIALS", "Message", "Tokenizer", "loss_mask", "parse", "render", "role_markers"]

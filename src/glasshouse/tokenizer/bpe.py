@@ -5,7 +5,7 @@ Choices, and why:
 - **Bytes, not characters.** Every text has an encoding and `decode(encode(text)) == text`, whatever is in it.
 - **GPT-2's split pattern** (Radford et al. 2019): every reader of `tokenizer.json` or GGUF knows it by name.
 - **Ids.** 0-255 are the bytes, then the merges in the order learned, then six specials: `<|pad|>` `<|bos|>`
-  `<|system|>` `<|user|>` `<|assistant|>` `<|end|>`.
+  `<|system|>` `<|user|>` `<|assistant|>` `<|end|>`; where it is asked for, `<|document|>` after them.
 - **Text cannot spell a special token.** "<|end|>" in a document or a request becomes ordinary bytes; only
   `chat.render` places specials. A foreign file that lets text reach one is caught when it does (`DataError`).
 
@@ -33,7 +33,7 @@ from glasshouse.base.errors import DataError, UsageError
 from glasshouse.tokenizer.checks import BYTE_TO_CHAR, CHAR_TO_BYTE, LARGEST_FILE, check, read_json, too_large
 
 SPECIALS = ("<|pad|>", "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-SMALLEST_VOCABULARY = 256 + len(SPECIALS)
+DOCUMENT = "<|document|>"  # begins data in a conversation; only in tokenizers that were asked for it
 # What `tokenizers.pre_tokenizers.ByteLevel(use_regex=True)` splits by, for the trainer.
 GPT2_SPLIT = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -44,7 +44,7 @@ class Tokenizer:
     def __init__(self, raw: bytes, where: str = "tokenizer.json") -> None:
         """Take the bytes of a `tokenizer.json`. Raises `DataError` naming `where` and what is wrong in it."""
         data = read_json(raw, where)
-        check(data, where, SPECIALS)
+        check(data, where, SPECIALS, (DOCUMENT,))
         self._raw = raw
         self._vocab: dict[str, int] = data["model"]["vocab"]
         self._added: list[dict[str, Any]] = data.get("added_tokens") or []
@@ -66,26 +66,28 @@ class Tokenizer:
         """Whether `decode(encode(x)) == x` for all text; False where a foreign file normalises (NFC)."""
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
+    def train(cls, texts: Iterable[str], vocab_size: int, documents: bool = False) -> Self:
         """Learn a tokenizer of `vocab_size` ids in all, the 256 bytes and 6 specials included.
 
+        With `documents` there is a seventh, `<|document|>`, for the role that data has in a conversation.
         A corpus with fewer distinct pairs gives a smaller one; look at `vocab_size` of the result.
         Raises `UsageError` for a size below 262 or a bare string, `DataError` for an empty corpus.
         """
         if isinstance(texts, str):
             raise UsageError("Tokenizer.train takes an iterable of texts, not one string; pass [text]")
-        if vocab_size < SMALLEST_VOCABULARY:
+        specials = (*SPECIALS, DOCUMENT) if documents else SPECIALS
+        if vocab_size < 256 + len(specials):
             raise UsageError(
-                f"vocab_size is {vocab_size}, but 256 bytes and {len(SPECIALS)} special tokens need "
-                f"at least {SMALLEST_VOCABULARY}"
+                f"vocab_size is {vocab_size}, but 256 bytes and {len(specials)} special tokens need "
+                f"at least {256 + len(specials)}"
             )
         trainer = rustbpe.Tokenizer()
         feed = _Feed(texts)
-        trainer.train_from_iterator(iter(feed), vocab_size - len(SPECIALS), pattern=GPT2_SPLIT)
+        trainer.train_from_iterator(iter(feed), vocab_size - len(specials), pattern=GPT2_SPLIT)
         if feed.n_characters == 0:
             raise DataError("cannot train a tokenizer on an empty corpus: no document has any text")
         ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
-        return cls(_to_json(ranks), where="the trained tokenizer")
+        return cls(_to_json(ranks, specials), where="the trained tokenizer")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -198,6 +200,11 @@ class Tokenizer:
         return self._special.get("<|assistant|>")
 
     @property
+    def document(self) -> int | None:
+        """Id of `<|document|>`; None in a tokenizer trained without it."""
+        return self._special.get(DOCUMENT)
+
+    @property
     def end(self) -> int | None:
         """Id of `<|end|>`, which ends every message; None in a foreign tokenizer."""
         return self._special.get("<|end|>")
@@ -241,7 +248,7 @@ def _surrogate_at(texts: Sequence[str]) -> str:
     return "it holds a lone surrogate"
 
 
-def _to_json(ranks: dict[bytes, int]) -> bytes:
+def _to_json(ranks: dict[bytes, int], specials: Sequence[str]) -> bytes:
     """Return a `tokenizer.json` in which the merges of `ranks` give `tokenizers` the ids of `rustbpe`."""
     by_rank = sorted(ranks, key=ranks.__getitem__)
     spelt = {token: "".join(BYTE_TO_CHAR[b] for b in token) for token in by_rank}
@@ -252,7 +259,7 @@ def _to_json(ranks: dict[bytes, int]) -> bytes:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": len(ranks) + k, "content": name, **flags} for k, name in enumerate(SPECIALS)],
+        "added_tokens": [{"id": len(ranks) + k, "content": name, **flags} for k, name in enumerate(specials)],
         "normalizer": None,
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, **byte_level},
         "post_processor": None,

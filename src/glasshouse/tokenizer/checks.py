@@ -48,14 +48,17 @@ def too_large(where: object, size: int) -> str:
     return f"{where}: {size / 1e6:.0f} MB is too large for a tokenizer (limit {LARGEST_FILE / 1e6:.0f} MB)"
 
 
-def check(data: dict[str, Any], where: str, specials: tuple[str, ...]) -> None:
+def check(
+    data: dict[str, Any], where: str, specials: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> None:
     """Raise `DataError` naming `where` unless `data` is a byte-level BPE tokenizer.
 
-    `specials` must be there all, each marked special, or not at all (a foreign tokenizer).
+    `specials` must be there all, each marked special, or not at all (a foreign tokenizer). Those of
+    `optional` must be marked special where they are there.
     """
     vocab = _check_model(_table(data, "model", where), where)
     _check_pipeline(data, where)
-    _check_added(data.get("added_tokens") or [], vocab, where, specials)
+    _check_added(data.get("added_tokens") or [], vocab, where, specials, optional)
 
 
 def _check_model(model: dict[str, Any], where: str) -> dict[str, int]:
@@ -117,7 +120,9 @@ def _check_pipeline(data: dict[str, Any], where: str) -> None:
             raise DataError(f"{where}: a split pattern is longer than {LONGEST_PATTERN} characters")
 
 
-def _check_added(added: Any, vocab: dict[str, int], where: str, specials: tuple[str, ...]) -> None:
+def _check_added(
+    added: Any, vocab: dict[str, int], where: str, specials: tuple[str, ...], optional: tuple[str, ...]
+) -> None:
     if not isinstance(added, list):
         raise DataError(f"{where}: added_tokens is not a list")
     by_id = {i: token for token, i in vocab.items()}
@@ -137,8 +142,8 @@ def _check_added(added: Any, vocab: dict[str, int], where: str, specials: tuple[
     missing = [name for name in specials if name not in seen]
     if missing and len(missing) < len(specials):
         raise DataError(f"{where}: the special tokens {missing} are missing; chat needs all of them")
-    for name in specials:
-        if not missing and not seen[name]:
+    for name in (*specials, *optional):
+        if not missing and not seen.get(name, True):
             raise DataError(f"{where}: {name} is not marked special, so text could spell it")
 
 
