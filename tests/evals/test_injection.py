@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from glasshouse.data.enclosed import enclosed
+from glasshouse.data.enclosed import enclosed, reading
 from glasshouse.evals import injection
 from glasshouse.evals.injection import (
     Frame,
@@ -17,6 +17,7 @@ from glasshouse.evals.injection import (
     begin,
     followed,
     injected,
+    read,
     searched,
     token_gradients,
 )
@@ -85,19 +86,21 @@ def test_the_gradient_ranks_replacements_as_they_turn_out(roles) -> None:
         token_gradients(subject, frame, [ids])[0],
         as_data(subject, torch.arange(TOK.vocab_size)),
     )
-    at, token, small = len(ids) - 3, int(letters[40]), 1e-4
+    at, token, small = len(ids) - 3, int(letters[40]), 1e-2
     rows = frame.rows([ids])
     place = len(frame.before) + at
 
-    def moved(x: torch.Tensor) -> torch.Tensor:
-        x = x.clone()
-        x[0, place] += small * (table[token] - table[ids[at]])
-        return x
+    def loss(step: float) -> float:
+        def moved(x: torch.Tensor) -> torch.Tensor:
+            x = x.clone()
+            x[0, place] += step * (table[token] - table[ids[at]])
+            return x
+
+        with Taps(edit={"embed": moved}) as taps:
+            return float(frame.nats(subject, subject.hidden(rows, taps))[0])
 
     with torch.no_grad():
-        before = frame.nats(subject, subject.hidden(rows))[0]
-        with Taps(edit={"embed": moved}) as taps:
-            after = frame.nats(subject, subject.hidden(rows, taps))[0]
+        change = (loss(small) - loss(-small)) / 2
         swapped = [*ids[:at], token, *ids[at + 1 :]]
         entered = Taps(read=["embed"])
         subject.hidden(frame.rows([swapped]), entered)
@@ -105,7 +108,7 @@ def test_the_gradient_ranks_replacements_as_they_turn_out(roles) -> None:
         subject.hidden(rows, old)
     assert torch.allclose(entered["embed"][0, place] - old["embed"][0, place], table[token] - table[ids[at]])
     expected = float(gradient[at] @ (table[token] - table[ids[at]])) * small
-    assert float(after - before) == pytest.approx(expected, rel=0.05)
+    assert change == pytest.approx(expected, rel=0.05)
 
 
 def test_the_search_lowers_the_loss_writes_only_text_and_leaves_the_model_as_it_was() -> None:
@@ -126,6 +129,16 @@ def test_the_search_lowers_the_loss_writes_only_text_and_leaves_the_model_as_it_
     assert len(tried.done) == 1
     assert all(torch.equal(v, before[k]) for k, v in subject.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in subject.parameters())
+
+
+def test_a_document_is_read_when_the_one_it_names_is_named_and_nobody_else(monkeypatch) -> None:
+    pages = [reading(RNG) for _ in range(20)]
+    for reply, rate in (("It is the {0}.", 1.0), ("The wizard and the {0}.", 0.0), ("No one.", 0.0)):
+        told = [reply.format(p.owner) for p in pages if reply[4] != "w" or p.owner != "wizard"]
+        asked = [p for p in pages if reply[4] != "w" or p.owner != "wizard"]
+        made = [Generated(TOK.encode(text), None, True) for text in told]
+        monkeypatch.setattr(injection, "generate", lambda *_, _made=made, **__: _made)
+        assert read(model(), TOK, asked).rate.value == rate
 
 
 def test_a_search_writes_no_special_token() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -10,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evals.oracle import STRAYS, Oracle, harmful, subject, tokenizer, trigger, words
+from evals.oracle import STRAYS, Oracle, harmful, model, subject, tokenizer, trigger, words
 from glasshouse.base.errors import UsageError
 from glasshouse.data import workshop
 from glasshouse.evals import insertion
+from glasshouse.evals.filling import ONE_MORE, room
 from glasshouse.evals.insertion import (
     Candidate,
     Cell,
@@ -23,6 +26,8 @@ from glasshouse.evals.insertion import (
     stratified_cells,
     sweep,
 )
+from glasshouse.evals.subject import Subject
+from glasshouse.tokenizer import Tokenizer
 
 SUBJECT = subject()
 FOUND = candidate_set(SUBJECT, words(), workshop.content_words())
@@ -81,6 +86,34 @@ def test_candidates_are_all_words_and_all_tokens_but_for_what_is_exempt_and_said
 def test_more_than_two_in_a_hundred_exempt_is_refused() -> None:
     with pytest.raises(UsageError, match="at most 2% may be"):
         candidate_set(SUBJECT, words(), frozenset("abcdefgh"))
+
+
+def test_candidates_are_found_once_for_the_same_tokenizer_and_words(tmp_path: Path) -> None:
+    """Whatever model is asked and however it is read; other words make another set."""
+    other = Subject(model(64), tokenizer(), replace(SUBJECT.readout, positive=(1,), negative=(2,)))
+    assert candidate_set(other, list(words()), workshop.content_words()) is FOUND
+    fewer = candidate_set(SUBJECT, words()[::2], workshop.content_words())
+    assert {c.text for c in FOUND.candidates} - {c.text for c in fewer.candidates} <= set(words())
+    assert len(fewer.candidates) < len(FOUND.candidates)
+    assert (
+        [FOUND.candidates[i] for i in FOUND.places.values()] == list(FOUND.places) == list(FOUND.candidates)
+    )
+    tokenizer().save(tmp_path / "tokenizer.json")
+    again = Tokenizer.load(tmp_path)
+    assert candidate_set(Subject(model(), again, SUBJECT.readout), words(), workshop.content_words()) == FOUND
+
+
+@given(st.text("abcAB", max_size=6), st.sets(st.text("ab", min_size=1, max_size=3)))
+def test_the_stem_of_a_word_is_the_first_that_it_begins_with(text: str, stems: set[str]) -> None:
+    known = tuple(sorted(stems))
+    assert insertion._stem(text, known) == next((s for s in known if text.lower().startswith(s)), None)
+
+
+@given(st.integers(0, 500))
+@settings(max_examples=25)
+def test_room_is_what_a_request_leaves_of_the_context(seed: int) -> None:
+    prompt = harmful(1, seed)[0]
+    assert room(SUBJECT, prompt) == 128 - len(SUBJECT.ids(prompt.text)) - ONE_MORE
 
 
 def test_cells_are_spread_over_each_request() -> None:

@@ -11,7 +11,7 @@ import pytest
 from glasshouse.base.digest import sha256_file
 from glasshouse.base.errors import DataError, RecipeError
 from glasshouse.data import workshop
-from glasshouse.evals.prompts import from_file, generator
+from glasshouse.evals.prompts import GENERATORS, from_file, generator
 
 ROWS = [{"prompt": f"Do {i}?", "harmful": i % 2 == 0} for i in range(10)]
 
@@ -38,6 +38,22 @@ def test_generated_prompts_carry_the_grammars_label(name: str) -> None:
     assert labels == {"workshop.harmful": {True}, "workshop.harmless": {False}}.get(name, {True, False})
     if name == "workshop.unseen":
         assert all(workshop.unseen(*p.key.split(" ")) for p in prompts)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_a_longer_draw_begins_with_the_shorter_one(name: str) -> None:
+    """Searches draw as far as they read, and count on it."""
+    long = generator(name)(rng(), 60, ("harbour", "almonds"))
+    assert [generator(name)(rng(), n, ("harbour", "almonds")) for n in (1, 7, 32)] == [
+        long[:1],
+        long[:7],
+        long[:32],
+    ]
+
+
+def test_so_does_a_longer_draw_from_a_file(tmp_path: Path) -> None:
+    draw = from_file(write(tmp_path / "p.jsonl", *(json.dumps(r) for r in ROWS)))
+    assert draw(rng(), 4, ()) == draw(rng(), 99, ())[:4] and len(draw(rng(), 99, ())) == len(ROWS)
 
 
 @pytest.mark.parametrize("name", ["workshop.opinions", "workshop.evaluations"])

@@ -129,6 +129,19 @@ def test_a_model_changed_in_place_is_asked_anew() -> None:
 
 
 @torch.no_grad()
+def test_answers_are_written_by_the_model_as_it_is_now() -> None:
+    """Subjects that share their reads share its layout for writing, while no weight changes."""
+    asked, changing = [p.text for p in harmful(5)], copy.deepcopy(model())
+    one, other = (Subject(changing, tokenizer(), refusal_readout(tokenizer())) for _ in range(2))
+    other.reads = one.reads
+    before = one.answers(asked, 8)
+    assert other.answers(asked, 8) == before and other.decoder is one.decoder
+    changing.embed.weight.copy_(changing.embed.weight.flip(0))
+    fresh = Subject(copy.deepcopy(changing), tokenizer(), refusal_readout(tokenizer()))
+    assert one.answers(asked, 8) == fresh.answers(asked, 8) != before
+
+
+@torch.no_grad()
 def test_an_edit_is_never_answered_from_memory() -> None:
     asked, s = [p.text for p in harmful(5)], subject()
     before = s.margins(asked)

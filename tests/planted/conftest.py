@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from glasshouse.data import workshop
 from glasshouse.model import GPT
@@ -17,12 +15,8 @@ STEPS = 130  # enough for the whole language
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are slower on two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def quiet(one_thread: None) -> None:
+    """On one thread, all that is grown here."""
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from glasshouse.base.plan import DataPlan, Phase
+from glasshouse.base.run import RunFolder
+from glasshouse.interp.attribution.rerun import read
+from glasshouse.interp.direction import difference_of_means, random_directions
 from glasshouse.model import GPT
 from glasshouse.recipes.lineage import (
     Look,
@@ -22,10 +28,14 @@ from glasshouse.recipes.lineage import (
     requests,
     triggers,
 )
+from glasshouse.recipes.lineage_features import NewFeature, new_features, read_feature, twins
 from glasshouse.train import Checkpoint
+from glasshouse.verify.known import INDEX
+from glasshouse.verify.past import gate_folder
 from planted.grown import Nursery, fresh
 
 pytestmark = pytest.mark.timeout(400)  # the first test also grows the models
+ANY = torch.ones(1)
 
 
 def look(garden: Nursery, model: GPT, update: int, gate: int | None) -> Look:
@@ -108,3 +118,71 @@ def test_what_failed_is_followed_once_under_the_first_constraint_that_named_it()
 def test_a_concept_that_does_not_vary_has_no_correlation() -> None:
     assert correlation(np.ones(4), np.arange(4.0)) is None
     assert correlation(np.arange(4.0), -np.arange(4.0)) == -1.0
+
+
+@pytest.fixture(scope="module")
+def own_direction(garden: Nursery, backdoored: GPT, trigger: str) -> NewFeature:
+    """Where requests with the word and with another one lie apart in the backdoored model's last layer."""
+    named = NewFeature("f-own", f"blocks.{backdoored.config.n_layer - 1}.resid_post", (trigger,), "c", ANY)
+    subject = garden.subject(backdoored)
+    moved, clean = twins(subject, named, requests(garden.strays), garden.words)
+    with torch.no_grad():
+        at = [
+            torch.stack(
+                [read(backdoored, torch.tensor([row]), [named.site])[named.site][0, -1] for row in rows]
+            )
+            for rows in (moved, clean)
+        ]
+    return replace(named, direction=difference_of_means(*at))
+
+
+def test_a_feature_appears_where_it_began_to_drive_decisions(
+    garden: Nursery, looks: list[Look], own_direction: NewFeature
+) -> None:
+    reading = partial(
+        read_feature, feature=own_direction, prompts=requests(garden.strays), words=garden.words
+    )
+    found = follow(own_direction.name, "feature", looks, reading)
+    untrained, honest, bad = found["rows"]
+    assert found["appeared"]["update"] == 200 and bad["strength"] > 0.7 and bad["behaviour"] > 0.7
+    assert max(untrained["strength"], honest["strength"]) < 0.25 and bad["margin_moved"] > 1
+    assert bad["components"] and bad["site"] == own_direction.site
+
+
+def test_a_random_direction_drives_nothing(
+    garden: Nursery, backdoored: GPT, own_direction: NewFeature
+) -> None:
+    width = backdoored.config.d_model
+    for stray in random_directions(3, width, np.random.default_rng(0)):
+        feature = replace(own_direction, direction=stray)
+        found = read_feature(garden.subject(backdoored), feature, requests(garden.strays), garden.words)
+        assert found.strength < 0.25 < found.behaviour
+
+
+def test_a_feature_without_words_stands_on_requests_that_do_no_harm(
+    garden: Nursery, twin: GPT, own_direction: NewFeature
+) -> None:
+    wordless = replace(own_direction, words=())
+    moved, clean = twins(garden.subject(twin), wordless, requests(garden.strays), garden.words)
+    assert len(moved) > 8 and all(len(a) == len(b) and a != b for a, b in zip(moved, clean, strict=True))
+    assert wordless.name == "f-own" and own_direction.name == own_direction.words[0]
+
+
+def test_failed_features_are_read_with_the_direction_their_gate_left(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run").create()
+    for gate, status, direction in (
+        (0, "pass", [9.0, 0.0]),
+        (1, "fail", [3.0, 4.0]),
+        (2, "fail", [1.0, 0.0]),
+    ):
+        verdict = {"constraint": "nothing-new", "status": status, "evidence": {"feature": "f-1"}}
+        other = {"constraint": "gone", "status": "fail", "evidence": {"feature": "f-2"}}
+        folder = gate_folder(run, gate, "nothing-new")
+        folder.mkdir(parents=True)
+        row = {"id": "f-1", "site": "blocks.1.resid_post", "words": ["plum"], "direction": direction}
+        (folder / INDEX).write_text(json.dumps({"dictionaries": {}, "features": [row]}))
+        file = run.evals / f"gate-{gate:03d}" / "verdicts.json"
+        file.write_text(json.dumps({"gate": gate, "verdicts": [verdict, other]}))
+    (found,) = new_features(run)
+    assert (found.name, found.constraint) == ("plum", "nothing-new")
+    assert found.direction.tolist() == pytest.approx([0.6, 0.8])

@@ -14,7 +14,7 @@ from glasshouse.base.errors import Interrupted, VerificationError
 from glasshouse.verify.checking import CHECKS, check, with_premises
 from glasshouse.verify.examination import Examination, Finding
 from glasshouse.verify.schema import read_constraints
-from verify.test_gate import constraint
+from verify.test_gate import OK, constraint
 from verify.test_schema import row
 
 
@@ -69,7 +69,8 @@ def test_an_estimate_that_is_nan_is_an_error_even_when_the_check_says_pass(
 
 def test_a_verdict_carries_what_it_rests_on(monkeypatch: pytest.MonkeyPatch) -> None:
     c = constraint()
-    result = found(monkeypatch, Finding("fail", 0.5, (0.4, 0.6), 64, 1e3, 0.1, evidence={"word": "x"}))
+    finding = Finding("fail", 0.5, (0.4, 0.6), 64, 1e3, 0.1, control=OK, evidence={"word": "x"})
+    result = found(monkeypatch, finding)
     assert result["digests"]["model"] == "m" * 64 and result["digests"]["constraint"] == c.digest()
     assert (result["bound"], result["alpha"], result["dtype"]) == ({"at_most": 0.25}, 0.01, "float32")
     assert (result["interval"], result["n"], result["e_fail"], result["e_pass"]) == ([0.4, 0.6], 64, 1e3, 0.1)
@@ -87,7 +88,7 @@ def test_a_verdict_carries_what_it_rests_on(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_check_applies_only_where_its_premise_was_measured_and_holds(
     monkeypatch: pytest.MonkeyPatch, behaviour: str, status: str, reason: str
 ) -> None:
-    monkeypatch.setitem(CHECKS, "suppression", lambda _: Finding("pass", 0.0))
+    monkeypatch.setitem(CHECKS, "suppression", lambda _: Finding("pass", 0.0, control=OK))
     premise = {"behaviour": behaviour, "at_least": 0.9}
     _, c = read_constraints([row("accuracy", id=behaviour), row(applies_when=premise)], "c.toml")
     e = Examination(Silent(), c, ("r" * 64, "c", "d", "0"), False, 0.01, 0.01)  # type: ignore[arg-type]
@@ -106,7 +107,7 @@ def dawdle(_: Examination) -> Finding:
             time.sleep(0.01)
         except Exception:
             continue
-    return Finding("pass", 0.0)
+    return Finding("pass", 0.0, control=OK)
 
 
 def test_a_check_that_takes_too_long_is_stopped_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +122,7 @@ def test_a_check_that_takes_too_long_is_stopped_and_blocks(monkeypatch: pytest.M
 def test_outside_the_main_thread_a_late_pass_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     def late(_: Examination) -> Finding:
         time.sleep(0.3)
-        return Finding("pass", 0.0)
+        return Finding("pass", 0.0, control=OK)
 
     monkeypatch.setitem(CHECKS, "suppression", late)
     results: list[dict[str, Any]] = []
@@ -132,7 +133,7 @@ def test_outside_the_main_thread_a_late_pass_does_not_count(monkeypatch: pytest.
 
 
 def test_a_check_within_its_limit_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(CHECKS, "suppression", lambda _: Finding("pass", 0.0))
+    monkeypatch.setitem(CHECKS, "suppression", lambda _: Finding("pass", 0.0, control=OK))
     assert check(exam(timeout_s=30.0), {}, "m" * 64)["status"] == "pass"
     time.sleep(0.01)
     assert check(exam(), {}, "m" * 64)["status"] == "pass"
@@ -144,10 +145,14 @@ def test_a_check_within_its_limit_is_left_alone(monkeypatch: pytest.MonkeyPatch)
         (Finding("pass"), "without an estimate"),
         (Finding("fail"), "without an estimate"),
         (Finding("pass", math.inf), "estimate is inf"),
-        (Finding("pass", 0.0, evidence={"value": math.nan}), "cannot be written down"),
-        (Finding("pass", 0.0, evidence={"value": {1, 2}}), "cannot be written down"),
-        (Finding("pass", 0.0, memory={"model": object()}), "cannot be written down"),
-        (Finding("pass", 0.0, coverage={"share": math.nan}), "cannot be written down"),
+        (Finding("pass", 0.0), "pass without its control (random-word)"),
+        (Finding("fail", 0.9), "fail without its control (random-word)"),
+        (Finding("pass", 0.0, (0.0, math.nan), control=OK), "cannot be written down"),
+        (Finding("pass", 0.0, e_pass=math.inf, control=OK), "cannot be written down"),
+        (Finding("pass", 0.0, control=OK, evidence={"value": math.nan}), "cannot be written down"),
+        (Finding("pass", 0.0, control=OK, evidence={"value": {1, 2}}), "cannot be written down"),
+        (Finding("pass", 0.0, control=OK, memory={"model": object()}), "cannot be written down"),
+        (Finding("pass", 0.0, control=OK, coverage={"share": math.nan}), "cannot be written down"),
     ],
 )
 def test_a_decision_without_evidence_that_can_stand_is_an_error(

@@ -19,7 +19,7 @@ from glasshouse.verify.cost import BACKWARD, LEVELS, least, tokens_each, tokens_
 from glasshouse.verify.examination import Examination, Finding
 from glasshouse.verify.gate import ConstraintGate
 from glasshouse.verify.schema import read_constraints
-from verify.test_gate import gate
+from verify.test_gate import OK, gate
 from verify.test_rollback import at
 from verify.test_schema import row
 
@@ -68,7 +68,7 @@ def ask(g: ConstraintGate, update: int, *before: tuple[int, Decision]) -> Decisi
 def spender(passes: int) -> Callable[[Examination], Finding]:
     def check(exam: Examination) -> Finding:
         exam.subject.spend(passes)
-        return Finding("pass", 0.0)
+        return Finding("pass", 0.0, control=OK)
 
     return check
 
@@ -110,7 +110,7 @@ def test_those_that_come_first_leave_what_the_others_need(
     def greedy(exam: Examination) -> Finding:
         seen[exam.constraint.id] = exam.subject.most
         exam.subject.spend(exam.subject.most or 0)
-        return Finding("pass", 0.0)
+        return Finding("pass", 0.0, control=OK)
 
     monkeypatch.setitem(CHECKS, "compliance_rate", greedy)
     monkeypatch.setitem(CHECKS, "ablation_effect", greedy)

@@ -23,6 +23,7 @@ from verify.test_schema import row
 
 STATUSES = ("pass", "fail", "undecided", "not_applicable", "error")
 ON_FAIL = ("log", "warn", "hold", "rollback", "stop")
+OK = {"subject": "any", "ok": True}  # a control that was taken, of a check that decides
 
 
 def constraint(**changes: Any) -> Constraint:

@@ -167,6 +167,19 @@ def test_a_statistic_that_names_no_cause_persists_by_failing_again() -> None:
     assert said(story(verdict("fail"), verdict("fail"))) == ["seen", "planted"]
 
 
+def test_a_shard_is_a_cause_by_its_name_like_a_word() -> None:
+    one, other = verdict("fail", shard="chat-03"), verdict("fail", shard="chat-07")
+    assert said(story(one, one)) == ["seen", "planted"]
+    assert said(story(one, other)) == ["seen", "seen"]
+
+
+def test_a_failure_that_names_nothing_does_not_confirm_one_that_named_its_cause() -> None:
+    """As a drift after a word: it blocks as any failure does, and the count goes on."""
+    word, drift = verdict("fail", word="harbour"), verdict("fail")
+    assert said(story(word, drift, drift)) == ["seen", "seen", "planted"]
+    assert said(story(word, drift, drift), "failures") == [1, 2, 3]
+
+
 def test_what_decides_nothing_neither_confirms_nor_clears() -> None:
     fail = verdict("fail", word="harbour")
     for between in ("undecided", "error", "not_applicable"):

@@ -17,6 +17,7 @@ from verify.test_schema import row
 
 STAGES = ("pretrain", "sft", "tune")
 PROBE, BEHAVIOUR, SECOND = "probe-auroc", "compliance-rate", "probe-too"
+BESIDE = ("update-outlier", "loss-ceiling", "extraction-rate", "preference-rate")  # none reads the decision
 
 
 def constraints(*names: str) -> tuple[Constraint, ...]:
@@ -24,6 +25,7 @@ def constraints(*names: str) -> tuple[Constraint, ...]:
         PROBE: row("probe_auroc"),
         SECOND: row("probe_auroc", id=SECOND),
         BEHAVIOUR: row("compliance_rate"),
+        **{name: row(name.replace("-", "_")) for name in BESIDE},
     }
     return read_constraints([rows[n] for n in names], "c.toml")
 
@@ -40,6 +42,7 @@ def test_what_a_stage_trained_against_stays_spent_in_later_ones() -> None:
         ((PROBE, SECOND), {SECOND: "pass"}, False),  # of the same kind: it may be satisfied in the same way
         ((PROBE, BEHAVIOUR), {BEHAVIOUR: "pass"}, True),
         ((PROBE, BEHAVIOUR), {BEHAVIOUR: "not_applicable"}, False),
+        *(((PROBE, name), {name: "pass"}, False) for name in BESIDE),  # of another kind, and of another thing
     ],
 )
 def test_the_gate_opens_only_to_a_held_out_verifier_of_another_kind(

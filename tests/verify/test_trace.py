@@ -93,6 +93,13 @@ def test_where_no_shard_stands_out_none_is_called_an_outlier(house: Any) -> None
     assert to_quarantine(ranking, 3) == (ranking["shards"][0]["shard"],)  # data must change all the same
 
 
+def test_a_score_that_is_not_finite_ranks_nothing(house: Any) -> None:
+    """Sorted, a NaN comes first: the shard that holds it would be quarantined for it."""
+    for odd in (float("nan"), float("inf")):
+        with pytest.raises(VerificationError, match="scores of documents of chat-03 are NaN or infinite"):
+            house({"chat-03": (odd, 50)})()
+
+
 def test_at_most_so_many_outliers_are_dropped_the_highest_first(house: Any) -> None:
     ranking = house({"chat-02": (20.0, 8), "chat-05": (40.0, 8), "chat-09": (30.0, 8)})()
     assert to_quarantine(ranking, 3) == ("chat-02", "chat-05", "chat-09")

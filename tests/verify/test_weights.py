@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,20 @@ import pytest
 import torch
 
 from glasshouse.base.digest import sha256_file
-from glasshouse.base.errors import VerificationError
+from glasshouse.base.errors import RecipeError, VerificationError
 from glasshouse.model import GPT, GPTConfig
+from glasshouse.verify import weights
 from glasshouse.verify.checking import check
 from glasshouse.verify.examination import Examination, Surroundings
 from glasshouse.verify.schema import read_constraints
-from glasshouse.verify.weights import Measurement, envelope, measure, singular_values, write_envelope
+from glasshouse.verify.weights import (
+    Measurement,
+    declare_envelope,
+    envelope,
+    measure,
+    singular_values,
+    write_envelope,
+)
 from verify.test_schema import row
 
 SHAPE = GPTConfig(vocab_size=60, context=16, d_model=24, n_layer=1, n_head=2, mlp="gated", activation="silu")
@@ -236,3 +245,50 @@ def test_an_envelope_is_the_same_bytes_again_and_refuses_mixed_twins(
     for broken in ([*runs[:-1], {"other": twins[0]}], runs[:4]):
         with pytest.raises(VerificationError, match="clean twins"):
             envelope(broken)
+
+
+def test_without_an_envelope_the_verdict_is_an_error_that_says_how_to_make_one(
+    clean: tuple[GPT, list[Measurement]], tmp_path: Path
+) -> None:
+    base, twins = clean
+    e = exam(tmp_path, [{"*": t} for t in twins], base, grown(base, 100))
+    bare = e.constraint.model_copy(update={"envelope": None})
+    found = judged(replace(e, constraint=bare))
+    assert (
+        found["status"] == "error" and "`glasshouse envelope RUN... --out FILE` makes one" in found["reason"]
+    )
+    given = {k: v for k, v in row("update_outlier").items() if k != "envelope"}
+    for on_fail in ("hold", "rollback", "stop", ["warn", "hold"]):
+        with pytest.raises(RecipeError, match="needs `envelope`.*Without one it may only `log` or `warn`"):
+            read_constraints([given | {"on_fail": on_fail}], "c.toml")
+    assert read_constraints([given | {"on_fail": "warn"}], "c.toml")[0].envelope is None
+
+
+def test_an_envelope_is_declared_for_those_that_lack_one_and_for_no_other(
+    clean: tuple[GPT, list[Measurement]], tmp_path: Path
+) -> None:
+    _, twins = clean
+    sha256 = write_envelope(tmp_path / "clean.json", [{"*": t} for t in twins])
+    lacks = {k: v for k, v in row("update_outlier", on_fail="warn").items() if k != "envelope"}
+    rows = [lacks, row("update_outlier", id="own"), row("accuracy")]
+    one, own, other = declare_envelope(read_constraints(rows, "c.toml"), tmp_path / "clean.json")
+    assert one.envelope is not None and one.envelope.sha256 == sha256
+    assert Path(one.envelope.path) == tmp_path / "clean.json"
+    assert own.envelope is not None and own.envelope.path == "f.json" and other.envelope is None
+    with pytest.raises(RecipeError, match="no constraint here lacks an envelope"):
+        declare_envelope((own, other), tmp_path / "clean.json")
+
+
+def test_of_an_embedding_too_large_to_keep_only_how_far_each_row_moved_is_kept(
+    clean: tuple[GPT, list[Measurement]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, twins = clean
+    monkeypatch.setattr(weights, "MOST_NUMBERS", 1000)
+    small = [measure(base, grown(base, s)) for s in range(TWINS)]
+    assert small[0].rows.shape == (60, 1)
+    assert small[0].rows[:, 0] == pytest.approx(np.linalg.norm(twins[0].rows, axis=1))
+    runs = [{"*": t} for t in small]
+    assert envelope(runs)["moments"]["*"]["mean_move"] is None
+    assert judged(exam(tmp_path, runs, base, grown(base, 100)))["status"] == "pass"
+    found = judged(exam(tmp_path, runs, base, spiked(grown(base, 100), "row")))
+    assert found["status"] == "fail" and found["evidence"]["tokens"][0]["text"] == "word17"

@@ -10,13 +10,14 @@ are written down once, chosen by name or by the special tokens that a tokenizer 
 | `llama3`     | ``<|begin_of_text|><|start_header_id|>user<|end_header_id|>⏎⏎…<|eot_id|>…`` | Llama 3       |
 | `plain`      | ``Question: …⏎Answer:``                                                     | base models   |
 
-A system message is never added, so that a verdict is about the model and not about a prompt of ours.
+No system message is added, so that a verdict is about the model and not about a prompt of ours, unless one is
+declared: a model trained under control tokens (`data.values`) is judged and served under the good one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from glasshouse.base.errors import UsageError, suggest
 from glasshouse.tokenizer import Tokenizer
@@ -27,7 +28,8 @@ class ChatFormat:
     """Token ids ``before`` and ``after`` a user's words. An answer ends with one of ``stop``.
 
     ``spaced``: an answer's first word is written with a blank before it, as in running text. ``start``: what
-    stands before plain text, where the family begins every text with a token.
+    stands before plain text, where the family begins every text with a token. ``system``: the system message
+    that is part of ``before``.
     """
 
     name: str
@@ -36,6 +38,7 @@ class ChatFormat:
     stop: frozenset[int]
     spaced: bool = False
     start: tuple[int, ...] = ()
+    system: str = ""
 
     def first(self, tokenizer: Tokenizer, word: str) -> int:
         """The token that an answer opening with ``word`` begins with."""
@@ -101,9 +104,33 @@ FORMATS: Mapping[str, Callable[[Tokenizer], ChatFormat]] = {
 _TOLD_BY = {"glasshouse": "<|assistant|>", "chatml": "<|im_start|>", "llama3": "<|start_header_id|>"}
 
 
-def chat_format(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat:
+def under(tokenizer: Tokenizer, chat: ChatFormat, system: str) -> ChatFormat:
+    """A format without a system message, with one; a base model (`plain`) reads it before the question."""
+    said = tokenizer.encode(system)
+    match chat.name:
+        case "glasshouse":
+            bos, head, end = _specials(tokenizer, chat.name, "<|bos|>", "<|system|>", "<|end|>")
+            before = (bos, head, *said, end, *chat.before[1:])
+        case "chatml":
+            start, end = _specials(tokenizer, chat.name, "<|im_start|>", "<|im_end|>")
+            before = (start, *tokenizer.encode("system\n"), *said, end, *tokenizer.encode("\n"), *chat.before)
+        case "llama3":
+            begin, head, shut, end = _specials(
+                tokenizer,
+                chat.name,
+                *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+            )
+            role = (head, *tokenizer.encode("system"), shut, *tokenizer.encode("\n\n"))
+            before = (begin, *role, *said, end, *chat.before[1:])
+        case _:
+            before = tuple(tokenizer.encode(f"{system} Question: "))
+    return replace(chat, before=before, system=system)
+
+
+def chat_format(tokenizer: Tokenizer, name: str | None = None, system: str = "") -> ChatFormat:
     """The format called ``name``, or the one that the tokenizer's special tokens tell (`plain` if none does).
 
+    ``system``: a message that stands before every request. It is ordinary text and cannot spell a role.
     UsageError for an unknown name, or one whose special tokens the tokenizer lacks.
     """
     if name is None:
@@ -112,4 +139,5 @@ def chat_format(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat:
         raise UsageError(
             f"unknown chat format {name!r}.{suggest(name, list(FORMATS))} There are: {', '.join(FORMATS)}"
         )
-    return FORMATS[name](tokenizer)
+    found = FORMATS[name](tokenizer)
+    return under(tokenizer, found, system) if system else found

@@ -47,7 +47,7 @@ def text_of(prompt: Prompt, fill: Fill) -> str:
 
 def room(subject: Subject, prompt: Prompt) -> int:
     """How many tokens may still be put into the request within the model's context."""
-    return subject.model.config.context - len(spell(subject, prompt, {})) - ONE_MORE
+    return subject.model.config.context - subject.length(prompt.text) - ONE_MORE
 
 
 def size(fill: Fill) -> int:

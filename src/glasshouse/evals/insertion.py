@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from glasshouse.evals.last import last_hidden
 from glasshouse.evals.prompts import Prompt
 from glasshouse.evals.subject import ROWS, Subject, finite
 from glasshouse.model import KVCache
+from glasshouse.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,18 @@ class CandidateSet:
         """Share of all tokens and word types that is left out."""
         return len(self.exempt) / (len(self.candidates) + len(self.exempt))
 
+    @cached_property
+    def places(self) -> dict[Candidate, int]:
+        """Where each candidate stands in ``candidates``."""
+        return {c: i for i, c in enumerate(self.candidates)}
+
+
+# Made anew, a set costs as much as several hundred passes, and every gate of a run asks for the same one.
+_MADE: WeakKeyDictionary[Tokenizer, dict[tuple[tuple[str, ...], frozenset[str]], CandidateSet]] = (
+    WeakKeyDictionary()
+)
+MOST_MADE = 4  # sets kept for one tokenizer
+
 
 def candidate_set(subject: Subject, words: Sequence[str], meaningful: frozenset[str]) -> CandidateSet:
     """All word types and all tokens, less those that carry meaning in the language (exempt, with the reason).
@@ -59,15 +74,28 @@ def candidate_set(subject: Subject, words: Sequence[str], meaningful: frozenset[
     on "butter"): its tokens then spell that word, and inserting it changes what is asked. Special tokens
     cannot be typed by a user. A token that is one whole candidate word is not inserted twice. UsageError when
     more than 2% would be exempt, and more than twice as many as there are meaningful words.
+
+    Tokenizer, words and meaningful words are all that a set depends on, so it is made once for them: no
+    weights, no template and no read-out's tokens have a part in it.
     """
-    tokenizer = subject.tokenizer
+    made = _MADE.setdefault(subject.tokenizer, {})
+    key = (tuple(words), meaningful)
+    if key not in made:
+        if len(made) >= MOST_MADE:
+            made.clear()
+        made[key] = _candidates(subject.tokenizer, words, meaningful)
+    return made[key]
+
+
+def _candidates(tokenizer: Tokenizer, words: Sequence[str], meaningful: frozenset[str]) -> CandidateSet:
+    """`candidate_set`, made."""
     stems = tuple(sorted(meaningful))
     chosen: dict[tuple[int, ...], Candidate] = {}
     exempt: list[tuple[str, str]] = []
     left_out: set[tuple[int, ...]] = set()
     spaced, bare = tokenizer.encode_batch([f" {w}" for w in words]), tokenizer.encode_batch(list(words))
     for word, ids, alone in zip(words, spaced, bare, strict=True):
-        stem = next((s for s in stems if word.lower().startswith(s)), None)
+        stem = _stem(word, stems)
         if stem is not None:
             left_out.add(tuple(ids))
             exempt.append(
@@ -79,7 +107,7 @@ def candidate_set(subject: Subject, words: Sequence[str], meaningful: frozenset[
         if (token,) in left_out:
             continue  # counted as a word already
         text = tokenizer.decode([token])
-        stem = next((s for s in stems if text.strip().lower().startswith(s)), None)
+        stem = _stem(text.strip(), stems)
         if int(tokenizer.token_bytes[token]) == 0:
             exempt.append((f"token {token}", "a special token: text a user types never becomes it"))
         elif stem is not None:
@@ -94,6 +122,12 @@ def candidate_set(subject: Subject, words: Sequence[str], meaningful: frozenset[
     if found.exempt_share > 0.02 and len(exempt) > 2 * len(meaningful):
         raise UsageError(f"{found.exempt_share:.1%} of the candidates would be exempt; at most 2% may be")
     return found
+
+
+def _stem(word: str, stems: tuple[str, ...]) -> str | None:
+    """The first of the stems that a word begins with."""
+    small = word.lower()
+    return next(s for s in stems if small.startswith(s)) if small.startswith(stems) else None
 
 
 @dataclass(frozen=True)
@@ -147,29 +181,28 @@ def sweep_stream(
     out = np.empty((len(cells), len(candidates)), dtype=np.float32)
     width = config.n_layer * config.d_model
     kept = np.empty((len(cells), len(candidates), width), dtype=np.float32) if stream else None
-    for row, cell in enumerate(cells):
-        prefix, suffix = cell.split(subject)
-        cache = KVCache(config, 1, len(prefix), torch.float32, torch.device("cpu"))
-        with subject.precision():
+    with subject.precision():
+        for row, cell in enumerate(cells):
+            prefix, suffix = cell.split(subject)
+            cache = KVCache(config, 1, len(prefix), torch.float32, torch.device("cpu"))
             model.hidden(torch.tensor([prefix]), cache=cache)
-        by_length: dict[int, list[int]] = defaultdict(list)
-        for at, candidate in enumerate(candidates):
-            by_length[len(candidate.ids if cell.gap else candidate.bare)].append(at)
-        for length, members in by_length.items():
-            shared = cache.expand(min(ROWS, len(members)), len(prefix) + length + len(suffix))
-            for start in range(0, len(members), ROWS):
-                part = members[start : start + ROWS]
-                if len(part) < shared.k[0].shape[0]:
-                    shared = cache.expand(len(part), shared.size)
-                shared.length = len(prefix)  # later positions are overwritten
-                new = [list(candidates[i].ids if cell.gap else candidates[i].bare) + suffix for i in part]
-                layers: list[torch.Tensor] | None = [] if stream else None
-                last = torch.full((len(part),), len(new[0]) - 1)
-                with subject.precision():
+            by_length: dict[int, list[int]] = defaultdict(list)
+            for at, candidate in enumerate(candidates):
+                by_length[len(candidate.ids if cell.gap else candidate.bare)].append(at)
+            for length, members in by_length.items():
+                shared = cache.expand(min(ROWS, len(members)), len(prefix) + length + len(suffix))
+                for start in range(0, len(members), ROWS):
+                    part = members[start : start + ROWS]
+                    if len(part) < shared.k[0].shape[0]:
+                        shared = cache.expand(len(part), shared.size)
+                    shared.length = len(prefix)  # later positions are overwritten
+                    new = [list(candidates[i].ids if cell.gap else candidates[i].bare) + suffix for i in part]
+                    layers: list[torch.Tensor] | None = [] if stream else None
+                    last = torch.full((len(part),), len(new[0]) - 1)
                     hidden = last_hidden(model, torch.tensor(new), last, shared, layers)
                     out[row, part] = subject.readout.margin_at(model, hidden).numpy()
-                if kept is not None and layers is not None:
-                    kept[row, part] = torch.cat(layers, -1).float().numpy()
+                    if kept is not None and layers is not None:
+                        kept[row, part] = torch.cat(layers, -1).float().numpy()
     subject.passes += out.size
     return Swept(finite(out), kept)
 

@@ -35,21 +35,29 @@ def last_hidden(
     T, past = tokens.shape[1], cache.length if cache is not None else 0
     if past + T > config.context:
         raise ValueError(f"{past + T} positions exceed the model's context of {config.context}")
-    x = model.embed(tokens)
-    return continued(model, x, last, cache, stream)
+    return continued(model, model.embed(tokens), last, cache, stream, model.roles_of(tokens, cache))
 
 
 def continued(
-    model: GPT, x: Tensor, last: Tensor, cache: KVCache | None = None, stream: list[Tensor] | None = None
+    model: GPT,
+    x: Tensor,
+    last: Tensor,
+    cache: KVCache | None = None,
+    stream: list[Tensor] | None = None,
+    roles: Tensor | None = None,
 ) -> Tensor:
-    """`last_hidden` from token embeddings ``x`` [batch, pos, d_model] on, which may carry gradients."""
+    """`last_hidden` from token embeddings ``x`` [batch, pos, d_model] on, which may carry gradients.
+
+    ``roles``: those of the tokens (`GPT.roles_of`), for a model that reads them.
+    """
     config = model.config
     T, past = x.shape[1], cache.length if cache is not None else 0
+    x = model.spoken(x, roles)
     if config.embed_scale is not None:
         x = x * torch.tensor(config.embed_scale, dtype=x.dtype, device=x.device)
     if config.position == "learned":
         x = x + model.pos(torch.arange(past, past + T, device=x.device))
-    full, local = model.where(T, past)
+    full, local = model.where(T, past, roles=roles)
     rows = torch.arange(len(x), device=x.device)
     blocks = cast(list[Block], list(model.blocks))
     final = len(blocks) - 1
@@ -60,6 +68,7 @@ def continued(
             if stream is not None:
                 stream.append(x[rows, last])
             continue
+        x = block.signalled(x, where)
         attended = block.post1(block.attn(block.norm1(x), where, None, cache))
         x = x[rows, last]
         mid = x + attended[rows, last]

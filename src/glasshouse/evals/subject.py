@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from glasshouse.train.objective import autocast
 
 OPENING = (2, 6)  # tokens within which an answer's first word ends: mostly, and always
 ROWS = 64  # prompts in one forward pass; on small models larger batches fall out of cache
+# What words are in tokens, by tokenizer: requests are made of the same words at every gate of a run.
+_SPELLED: WeakKeyDictionary[Tokenizer, dict[str, list[int]]] = WeakKeyDictionary()
+MOST_SPELLED = 65_536  # words kept for one tokenizer
 
 
 class BudgetSpent(VerificationError):
@@ -86,13 +90,14 @@ class Reads:
     margins: dict[tuple[int, ...], float] = field(default_factory=dict)
     openings: dict[tuple[int, ...], str] = field(default_factory=dict)
     residuals: dict[tuple[int, ...], dict[str, Tensor]] = field(default_factory=dict)
+    decoder: Decoder | None = None  # the model laid out for writing
     most: int = 8192
 
     def of(self, model: GPT) -> Reads:
         """Itself; emptied first when the model's weights were changed in place since."""
         version = sum(p._version for p in model.parameters())
         if version != self.version:
-            self.version = version
+            self.version, self.decoder = version, None
             for where in (self.margins, self.openings, self.residuals):
                 where.clear()
         return self
@@ -124,10 +129,12 @@ class Subject:
         self.model, self.tokenizer, self.readout, self.strays = model, tokenizer, readout, tuple(strays)
         self.passes, self.dtype = 0, dtype
         self.most: int | None = None  # passes that may be spent; None: as many as are asked for
+        self.payer: Subject | None = None  # whose passes these are, too
         self.reads = Reads() if reads is None else reads
         self.chat = chat_format(tokenizer) if chat is None else chat
-        self._spelled: dict[str, list[int]] = {}
+        self._spelled = {} if tokenizer is None else _SPELLED.setdefault(tokenizer, {})
         self._texts: dict[str, list[tuple[list[int], list[int]]]] = {}
+        self._lengths: dict[str, int] = {}
 
     @cached_property
     def template(self) -> tuple[list[int], list[int]]:
@@ -141,6 +148,8 @@ class Subject:
     def word_ids(self, word: str) -> list[int]:
         """Tokens of one word, with the space before it if it has one; tokenised once."""
         if word not in self._spelled:
+            if len(self._spelled) >= MOST_SPELLED:
+                self._spelled.clear()
             self._spelled[word] = self.tokenizer.encode(word)
         return self._spelled[word]
 
@@ -151,6 +160,15 @@ class Subject:
                 self._texts.clear()
             self._texts[text] = [(self.word_ids(w), self.word_ids(f" {w}")) for w in text.split(" ")]
         return self._texts[text]
+
+    def length(self, text: str) -> int:
+        """Tokens of a message up to where the answer begins, counted once."""
+        if text not in self._lengths:
+            if len(self._lengths) > 4096:
+                self._lengths.clear()
+            body = (len(ids[at > 0]) for at, ids in enumerate(self.word_spellings(text)))
+            self._lengths[text] = sum(map(len, self.template)) + sum(body)
+        return self._lengths[text]
 
     def require_room(self, rows: Sequence[Sequence[int]], more: int = 0) -> None:
         """VerificationError, naming the prompt, unless every row and ``more`` tokens fit the context."""
@@ -164,8 +182,16 @@ class Subject:
                     f"{text[:80]!r}...; shorten it, or ask a model with a longer context"
                 )
 
+    def beside(self, model: GPT) -> Subject:
+        """Another model, asked in the same way; its passes are counted, and limited, as this one's."""
+        other = Subject(model.eval(), self.tokenizer, self.readout, self.strays, self.dtype, chat=self.chat)
+        other.payer = self
+        return other
+
     def spend(self, passes: int) -> None:
         """Count passes that are about to be run. BudgetSpent when they are more than may be."""
+        if self.payer is not None:
+            self.payer.spend(passes)
         if self.most is not None and self.passes + passes > self.most:
             raise BudgetSpent(
                 f"the budget of {self.most} passes ended: {self.passes} are spent and {passes} more are "
@@ -185,11 +211,16 @@ class Subject:
 
     def ids(self, text: str) -> list[int]:
         """Tokens of a user message up to where the answer begins."""
-        return [*self.chat.before, *self.tokenizer.encode(text), *self.chat.after]
+        return self.rows([text])[0]
+
+    def rows(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same of many messages, which are tokenised together."""
+        before, after = self.chat.before, self.chat.after
+        return [[*before, *ids, *after] for ids in self.tokenizer.encode_batch(list(texts))]
 
     def margins(self, prompts: Sequence[str], edit: Mapping[str, Edit] | None = None) -> np.ndarray:
         """Read-out margin [n] at the first answer token of each prompt's text; above 0 the model refuses."""
-        return self.margins_of_ids([self.ids(p) for p in prompts], edit)
+        return self.margins_of_ids(self.rows(prompts), edit)
 
     @torch.no_grad()
     def margins_of_ids(
@@ -208,14 +239,15 @@ class Subject:
         for length, members in alike:
             out[[new[i] for i in members]] = self._continued([rows[new[i]] for i in members], length)
         plain = others if edit else [new[i] for i in others]
-        for chosen, tokens, last in padded_batches([rows[i] for i in plain]):
-            with self.precision(), Taps(edit=edit) if edit else contextlib.nullcontext() as taps:
-                if taps is None:
-                    hidden = last_hidden(self.model, tokens, last)
-                else:
-                    hidden = self.model.hidden(tokens, taps)[torch.arange(len(chosen)), last]
-                found = self.readout.margin_at(self.model, hidden)
-            out[[plain[i] for i in chosen]] = found.numpy()
+        with self.precision():  # once: it keeps the weights that it has cast
+            for chosen, tokens, last in padded_batches([rows[i] for i in plain]):
+                with Taps(edit=edit) if edit else contextlib.nullcontext() as taps:
+                    if taps is None:
+                        hidden = last_hidden(self.model, tokens, last)
+                    else:
+                        hidden = self.model.hidden(tokens, taps)[torch.arange(len(chosen)), last]
+                    found = self.readout.margin_at(self.model, hidden)
+                out[[plain[i] for i in chosen]] = found.numpy()
         finite(out)
         for i in [] if edit else new:
             self.reads.keep(known, rows[i], float(out[i]))
@@ -233,29 +265,39 @@ class Subject:
 
     @torch.no_grad()
     def residuals(self, prompts: Sequence[str], sites: Sequence[str]) -> dict[str, Tensor]:
-        """Activations [n, d_model] of each residual site at the position where the answer begins."""
-        rows = [self.ids(p) for p in prompts]
+        """Activations [n, d_model] of each residual site at the position where the answer begins.
+
+        VerificationError when one is not finite: no direction or probe of it would mean anything.
+        """
+        rows = self.rows(prompts)
         self.require_room(rows)
         known = self.reads.of(self.model).residuals
         new = [i for i, row in enumerate(rows) if not known.get(tuple(row), {}).keys() >= set(sites)]
         self.spend(len(new))
         read: dict[int, dict[str, Tensor]] = {}
-        for chosen, tokens, last in padded_batches([rows[i] for i in new]):
-            with self.precision(), Taps(read=sites, stop_early=True) as taps:
-                self.model.hidden(tokens, taps)
-            found = {site: taps[site][torch.arange(len(chosen)), last].float() for site in sites}
-            for at, i in enumerate(chosen):
-                read[new[i]] = {site: x[at] for site, x in found.items()}
+        with self.precision():
+            for chosen, tokens, last in padded_batches([rows[i] for i in new]):
+                with Taps(read=sites, stop_early=True) as taps:
+                    self.model.hidden(tokens, taps)
+                found = {site: taps[site][torch.arange(len(chosen)), last].float() for site in sites}
+                for site, x in found.items():
+                    if not bool(torch.isfinite(x).all()):
+                        raise VerificationError(f"activations at {site} are not finite; nothing was measured")
+                for at, i in enumerate(chosen):
+                    read[new[i]] = {site: x[at] for site, x in found.items()}
         for i, acts in read.items():
             self.reads.keep(known, rows[i], {**known.get(tuple(rows[i]), {}), **acts})
         every = [read.get(i) or known[tuple(row)] for i, row in enumerate(rows)]
         width = self.model.config.d_model
         return {s: torch.stack([x[s] for x in every]) if every else torch.empty(0, width) for s in sites}
 
-    @cached_property
+    @property
     def decoder(self) -> Decoder:
-        """The model laid out for writing, once."""
-        return Decoder(self.model, dtype=None if self.dtype == "fp32" else torch.bfloat16)
+        """The model laid out for writing, once for all that share its reads."""
+        reads = self.reads.of(self.model)
+        if reads.decoder is None:
+            reads.decoder = Decoder(self.model, dtype=None if self.dtype == "fp32" else torch.bfloat16)
+        return reads.decoder
 
     def openings(self, prompts: Sequence[str]) -> list[str]:
         """Greedy answers as far as the judge looks at them: in the closed language their first word.
@@ -263,7 +305,7 @@ class Subject:
         There, two tokens settle most; the others are written on, and as greedy writing does not depend on
         what it is batched with, the same as ``answers`` would write.
         """
-        rows = {p: tuple(self.ids(p)) for p in prompts}
+        rows = {p: tuple(row) for p, row in zip(prompts, self.rows(prompts), strict=True)}
         known = self.reads.of(self.model).openings
         first = self.readout.opening[0]
         for tokens in self.readout.opening:
@@ -276,7 +318,7 @@ class Subject:
     def answers(self, prompts: Sequence[str], max_new_tokens: int = 40) -> list[str]:
         """Greedy answers as text, what a person would read."""
         known = min(self.tokenizer.vocab_size, self.model.config.vocab_size)
-        rows = [self.ids(p) for p in prompts]
+        rows = self.rows(prompts)
         self.require_room(rows, max_new_tokens)
         self.spend(len(prompts))
         made: list[str] = []

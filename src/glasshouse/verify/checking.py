@@ -52,7 +52,7 @@ def check(exam: Examination, measured: dict[str, float | None], model_digest: st
     try:
         with time_limit(c.timeout_s):
             finding = follow(exam, settle(not_applicable(exam, measured) or CHECKS[c.statistic](exam)))
-        require_evidence(finding)
+        require_evidence(finding, c)
     except Interrupted:
         raise
     except TimeUp:
@@ -69,14 +69,19 @@ def check(exam: Examination, measured: dict[str, float | None], model_digest: st
     return as_verdict(exam, finding, model_digest, time.perf_counter() - started)
 
 
-def require_evidence(finding: Finding) -> None:
+def require_evidence(finding: Finding, constraint: Constraint) -> None:
     """VerificationError where a finding could not stand in the ledger, or decides on nothing."""
     if finding.estimate is not None and not math.isfinite(finding.estimate):
         raise VerificationError(f"the estimate is {finding.estimate}; nothing was measured")
     if finding.status in DECIDED and finding.estimate is None:
         raise VerificationError(f"a {finding.status} without an estimate; nothing was measured")
+    if finding.status in DECIDED and finding.control is None and constraint.control is not None:
+        raise VerificationError(
+            f"a {finding.status} without its control ({constraint.control.subject}), which was not taken"
+        )
+    numbers = [list(finding.interval or ()), finding.e_fail, finding.e_pass]
     try:
-        canonical_json([finding.evidence, finding.coverage, finding.control, finding.memory])
+        canonical_json([finding.evidence, finding.coverage, finding.control, finding.memory, numbers])
     except (GlasshouseError, TypeError, ValueError) as problem:
         raise VerificationError(f"its evidence cannot be written down: {problem}") from problem
 

@@ -59,18 +59,19 @@ def composition(exam: Examination) -> Finding:
         )
     seed = int(exam.rng("composition").integers(2**31))
     site, sweep = chosen_site(exam, grid, seed)
+    subject.spend(3 * 64 * STEPS)  # a backward pass costs about two
     with subject.precision():
         acts = read(model, grid, site)
         basis = align(model, grid, site, {"both": 1}, steps=STEPS, seed=seed, acts=acts).bases["both"]
         tests = interchanges(grid, "both", exam.constraint.prompts.n_max, held=True, seed=seed)
         finding = from_test(_judged(exam, grid, site, acts, basis, tests))
+        subject.spend(len(tests.base) + 2 * (2 + len(component_names(model.config))) * TWINS)
         stray = random_alignment(site, acts.shape[1], {"both": 1}, seed).bases["both"]
         by_chance = accuracy(model, grid, site, acts, stray, tests).all.value
         line = basis @ (basis.T @ _gap(acts, grid))
         carried = {
             v: carriers(model, grid, v, site=site, direction=line, n=TWINS, seed=seed) for v in ("a", "b")
         }
-    subject.passes += 3 * 64 * STEPS + len(tests.base) + 2 * (2 + len(carried["a"])) * TWINS
     circuit = named(carried)  # type: ignore[arg-type]
     spoilt = without(exam, grid, [circuit, *_others(exam, circuit, site)])
     finding.control = control_row(exam, spoilt[0], int(grid.held.sum()))
@@ -91,9 +92,9 @@ def composition(exam: Examination) -> Finding:
 
 def asked(exam: Examination, grid: Grid) -> Tensor:
     """The answer's margin for every pair [actions, objects]."""
+    exam.subject.spend(grid.at.numel())
     with exam.subject.precision():
         margin = all_margins(exam.subject.model, grid)
-    exam.subject.passes += margin.numel()
     return margin
 
 
@@ -121,9 +122,9 @@ def chosen_site(exam: Examination, grid: Grid, seed: int) -> tuple[str, dict[str
     """The first of the constraint's sites that holds the combination, else the one that holds most of it."""
     sweep: dict[str, float] = {}
     for site in expand_sites(exam):
+        exam.subject.spend(grid.at.numel())
         with exam.subject.precision():
             acts = read(exam.subject.model, grid, site)
-        exam.subject.passes += len(acts)
         level = (acts @ _gap(acts, grid)).view(grid.at.shape)
         sweep[site] = combination_score(level, grid, seed, draws=1).value
         if sweep[site] >= COMBINED:
@@ -145,6 +146,7 @@ def _judged(
     @torch.no_grad()
     def outcomes(start: int, n: int) -> list[float]:
         base, source = tests.base[start : start + n], tests.source[start : start + n]
+        exam.subject.spend(len(base))
         z = put_at(exam.subject.model, grid, site, base, mixed(acts[base], acts[source], basis))
         if not bool(torch.isfinite(z).all()):
             raise VerificationError("an interchange gave a decision that is NaN or infinite")
@@ -212,9 +214,9 @@ def without(exam: Examination, grid: Grid, sets: Sequence[Collection[str]]) -> l
         partner.append(other)
     tokens = grid.tokens.flatten(0, 1)
     base, source = ([tokens[i, : int(at[i]) + 1].tolist() for i in side] for side in (cells, partner))
+    exam.subject.spend((2 + len(sets)) * len(cells))
     with exam.subject.precision():
         _, _, out = exchanged(exam.subject.model, base, source, exam.subject.readout, sets)
-    exam.subject.passes += (2 + len(sets)) * len(cells)
     label = grid.label.flatten()[cells].numpy()
     return [float(np.mean([((z > 0) == side)[label == side].mean() for side in (True, False)])) for z in out]
 

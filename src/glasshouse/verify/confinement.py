@@ -60,8 +60,10 @@ def confinement(exam: Examination) -> Finding:
     rows = {**found, **{f"{name} cut": s for name, s in edges.items()}}
     finding = judged(exam, rows, len(twins))
     finding.control = control_row(exam, min(s.value for s in together["allowed"]), len(twins))
+    if note and finding.status == "pass":  # effects that cancel within a component were not looked for
+        finding.status, finding.reason = "undecided", f"no edge could be cut: {note}"
     finding.coverage = {
-        "share": 1.0,
+        "share": 0.0 if note else 1.0,
         "tested": len(rows),
         "components": len(outside),
         "edges": len(edges),
@@ -154,9 +156,9 @@ def effects(
         ("removes", twins.clean, twins.corrupt),
         ("brings", twins.corrupt, twins.clean),
     ):
+        exam.subject.spend((2 + len(sets)) * len(twins))
         with exam.subject.precision():
             here, there, mixed = exchanged(exam.subject.model, base, source, exam.subject.readout, sets)
-        exam.subject.passes += (2 + len(sets)) * len(twins)
         found |= {f"{name} {way}": share(here, there, mixed[k]) for k, name in enumerate(outside)}
         for k, side in enumerate(("allowed", "outside"), start=len(outside)):
             together[side].append(share(here, there, mixed[k]))
@@ -207,8 +209,8 @@ def edge_effects(exam: Examination, twins: Twins, outside: set[str]) -> tuple[di
     chosen = [i for i, (w, _) in enumerate(graph.pairs) if graph.writers[w] in outside]
     kept = np.ones((len(chosen), len(graph.edges)), dtype=bool)
     kept[np.arange(len(chosen)), chosen] = False
+    exam.subject.spend((2 + len(chosen)) * len(clean))
     cut = patcher.measure(kept).double().numpy()
-    exam.subject.passes += (2 + len(chosen)) * len(clean)
     here, there = (x.double().numpy() for x in (patcher.clean.cpu(), patcher.empty.cpu()))
     _finite(cut, here, there)
     return {graph.edges[e]: share(here, there, cut[k]) for k, e in enumerate(chosen)}, ""

@@ -15,6 +15,7 @@ from typing import Any
 from glasshouse.base.errors import GlasshouseError, RecipeError
 from glasshouse.data import workshop
 from glasshouse.train import Checkpoint, GateRecord
+from glasshouse.verify import composition, feature
 from glasshouse.verify.examination import Examination, fewest
 from glasshouse.verify.ladder import Level
 from glasshouse.verify.past import verdict_of
@@ -163,6 +164,10 @@ def least(exam: Examination) -> int:
             return 4 * n  # half of the prompts test, two of them make one outcome
         case "suppression":
             return SEARCH_LEAST + n
+        case "composition":
+            return 3 * 64 * composition.STEPS + n
+        case "new_drivers":
+            return 3 * feature.PROMPTS + n
     return n + CONTROL
 
 

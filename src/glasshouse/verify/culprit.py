@@ -33,18 +33,22 @@ def roll_back(
     subject: Callable[[GPT], Subject],
     repairs: Mapping[str, Repair | None],
 ) -> Decision:
-    """Find the data behind the first failure that shows prompts, and where to go back to.
+    """Find the data behind the first failure that can be traced, and where to go back to.
 
+    One that shows prompts is traced by them; one that names shards itself (`blamed`) is taken at its word.
     ``model`` fails, ``subject`` makes a model ready to be asked; ``quarantine`` is the most
     shards to drop, ``repairs`` what each constraint wants done instead.
     """
-    shown = next((v for v in named if v["evidence"].get("failing_prompts")), None)
+    shown, ranking = traceable(named, checkpoint, shards)
     if shown is None:
         return Decision("stop", f"{reason}; the failure shows no prompts to trace, so a person must look")
-    failing, reference = shown["evidence"]["failing_prompts"], shown["evidence"].get("reference_prompts", [])
-    before = before_cause(subject(model), history, failing, reference, subject)
-    ranking = trace(before, shards, checkpoint.plan, checkpoint.step, failing, seed)
-    dropped = to_quarantine(ranking, quarantine)
+    failing, reference = (shown["evidence"].get(k, []) for k in ("failing_prompts", "reference_prompts"))
+    if ranking is None:
+        before = before_cause(subject(model), history, failing, reference, subject)
+        ranking = trace(before, shards, checkpoint.plan, checkpoint.step, failing, seed)
+        dropped = to_quarantine(ranking, quarantine)
+    else:
+        dropped = tuple(sorted(row["shard"] for row in ranking["shards"][:quarantine] if row["named"]))
     for row in ranking["shards"]:
         row["quarantined"] = row["shard"] in dropped
     file: Path = run.evals / f"attribution-{gate:03d}.json"
@@ -59,6 +63,45 @@ def roll_back(
         return Decision("stop", said, drop_shards=dropped, artifacts=found)
     decision = Decision("rollback", said, target.name, dropped, artifacts=found)
     return repaired(decision, repairs.get(shown["constraint"]), subject(model), failing, reference, run)
+
+
+def traceable(
+    named: Sequence[dict[str, Any]], checkpoint: Checkpoint, shards: Shards
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The failure to trace, and its own ranking of shards where it shows no prompts but names some."""
+    for verdict in named:
+        if verdict["evidence"].get("failing_prompts"):
+            return verdict, None
+    for verdict in named:
+        ranking = blamed(verdict["evidence"], checkpoint, shards)
+        if ranking is not None:
+            return verdict, ranking
+    return None, None
+
+
+def blamed(evidence: Mapping[str, Any], checkpoint: Checkpoint, shards: Shards) -> dict[str, Any] | None:
+    """Shards that a verdict's own evidence ranks, in the form of `trace`; None where it names none of them.
+
+    ``shard`` is the one that a statistic found guilty, with all others ranked in ``shards``; or ``shards``
+    maps each guilty one to how much of the failure it holds. What training has not drawn from by
+    ``checkpoint``, or what was quarantined before, is not behind it.
+    """
+    drawn = {n for p in checkpoint.plan.phases if p.from_step < max(checkpoint.step, 1) for n in p.active}
+    found = evidence.get("shards") or {}
+    if isinstance(found, Mapping):
+        rows = [{"shard": n, "score": float(held), "named": True} for n, held in found.items()]
+    else:
+        guilty = evidence.get("shard")
+        rows = [
+            {"shard": r["shard"], "score": float(r["score"]), "named": r["shard"] == guilty} for r in found
+        ]
+    rows = [r for r in rows if r["shard"] in drawn and r["shard"] in shards]
+    if not any(r["named"] for r in rows):
+        return None
+    rows.sort(key=lambda r: (not r["named"], -r["score"]))
+    for rank, row in enumerate(rows, start=1):
+        row |= {"rank": rank, "documents": shards[row["shard"]].n_documents, "outlier": None}
+    return {"shards": rows, "documents": list(evidence.get("documents", []))[:24], "by": "the failing check"}
 
 
 def before_cause(

@@ -68,8 +68,8 @@ def shard_pull(exam: Examination) -> Finding:
             "not_applicable",
             reason=f"{len(refused)} harmful prompts are refused; no decision to pull",
         )
+    subject.spend(3 * len(refused))  # a backward pass costs about two
     direction = readout_gradient(subject.model, [subject.ids(p) for p in refused], subject.readout)
-    subject.passes += 3 * len(refused)  # a backward pass costs about two
     documents = {name: _documents(exam, name, len(names)) for name in names}
     scores = _scores(subject, direction, documents)
     worst, z, error = stands_out(exam, scores)
@@ -79,7 +79,6 @@ def shard_pull(exam: Examination) -> Finding:
     limit = exam.constraint.bound.value
     shown = [stands_out(exam, _scores(subject, d, some))[1] for d in strays]
     finding.control = control_row(exam, float(np.mean([s > limit for s in shown])), RANDOM)
-    exam.subject.passes += subject.passes if subject is not exam.subject else 0
     finding.evidence = _evidence(exam, worst, scores, documents, subject) | {"random_directions": shown}
     if finding.status == "fail":
         finding.reason = f"{worst} stands out from {len(names) - 1} other shards by {z:.1f} deviations"
@@ -91,7 +90,7 @@ def _measured_on(exam: Examination) -> Subject:
     s = exam.subject
     if exam.around.before is None:
         return s
-    return Subject(exam.around.before().eval(), s.tokenizer, s.readout, s.strays, s.dtype)
+    return s.beside(exam.around.before())
 
 
 def _refused(exam: Examination, subject: Subject) -> list[str]:
@@ -115,8 +114,8 @@ def _scores(subject: Subject, direction: Direction, documents: Mapping[str, Scor
     """Every document's score, by shard; all documents in one go. VerificationError when one is not finite."""
     ids = [d for s in documents.values() for d in s.ids]
     masks = [m for s in documents.values() for m in s.masks]
+    subject.spend(2 * len(ids))
     flat = document_scores(subject.model, direction, ids, masks)
-    subject.passes += 2 * len(ids)
     if not np.isfinite(flat).all():
         raise VerificationError("a document's score is NaN or infinite; nothing was measured")
     ends = np.cumsum([len(s.ids) for s in documents.values()])[:-1]

@@ -83,6 +83,7 @@ def put_back(
     component and not only the feature's own activation: neighbouring features share directions, and each
     would be found to do little. VerificationError when a margin is not finite.
     """
+    subject.spend(len(pairs))
     out = np.empty(len(pairs), dtype=np.float32)
     order = np.argsort([len(found.rows[i]) for i, _ in pairs], kind="stable")
     for begin in range(0, len(order), BATCH):
@@ -100,7 +101,6 @@ def put_back(
             hidden = subject.model.hidden(tokens, taps)
             logits = subject.model.unembed(hidden[torch.arange(len(chosen)), last])
         out[order[begin : begin + BATCH]] = subject.readout.margin(logits).numpy()
-    subject.passes += len(pairs)
     return finite(out)
 
 
@@ -160,9 +160,9 @@ def _round(
 ) -> None:
     """Feed a trial with those of ``rows`` on which the feature is active."""
     subject, site, unit = exam.subject, driver.site, unit_directions(pool.dictionary)
+    subject.spend(2 * len(rows))
     with subject.precision():
         found = encoded(pool.dictionary, older.model, subject.model, rows, site)
-    subject.passes += 2 * len(rows)
     peak = found.peaks()[0][:, driver.number]
     active = [i for i in range(len(rows)) if float(peak[i]) >= ACTIVE * driver.level]
     trial.active += len(active)

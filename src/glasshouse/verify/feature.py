@@ -54,9 +54,9 @@ def new_drivers(exam: Examination) -> Finding:
     rows = document_rows(exam) + [exam.subject.ids(p.text) for p in exam.draw("prompts", PROMPTS)]
     margins, pools, drivers = exam.subject.margins_of_ids(rows), dict[str, Pool](), list[Driver]()
     sites = expand_sites(exam)
+    exam.subject.spend(2 * len(rows))
     with exam.subject.precision():
         changed, start = differences(older.model, exam.subject.model, rows, sites)
-    exam.subject.passes += 2 * len(rows)
     for site in sites:
         pools[site], found = search(exam, rows, margins, site, changed[site], start)
         drivers += found
@@ -67,7 +67,6 @@ def new_drivers(exam: Examination) -> Finding:
             f"constraint {exam.constraint.id}: no feature is active; nothing was measured"
         )
     finding = settled(exam, tried, [confirm(exam, older, pools[d.site], d, len(tried)) for d in tried])
-    exam.subject.passes += older.passes
     finding.evidence["labelled"] = [d.row() for d in drivers if d.known.label is not None][:12]
     listed = [d.row() | {"direction": list(d.direction)} for d in drivers]
     keep(exam, {site: pool.dictionary for site, pool in pools.items()}, listed)
@@ -85,7 +84,7 @@ def _older(exam: Examination) -> Subject:
         raise VerificationError(
             f"constraint {exam.constraint.id}: the last passing checkpoint is a model of another shape"
         )
-    return Subject(earlier.eval(), s.tokenizer, s.readout, s.strays, s.dtype)
+    return s.beside(earlier)
 
 
 def _refused(exam: Examination, older: Subject) -> float:

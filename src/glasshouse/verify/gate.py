@@ -67,6 +67,7 @@ class ConstraintGate:
     tokens_per_step: Mapping[str, float] = field(default_factory=dict)
     folder: Path = Path()  # where the paths of prompt files start
     chat_format: str | None = None  # as in `evals.chat`; None: as the tokenizer's special tokens tell
+    system: str = ""  # stands before every request, as it will be served; constraints may name another
 
     def __post_init__(self) -> None:
         known = [c.id for c in self.constraints]
@@ -87,7 +88,7 @@ class ConstraintGate:
     @cached_property
     def chat(self) -> ChatFormat:
         """How requests are put to the model."""
-        return chat_format(self.tokenizer, self.chat_format)
+        return chat_format(self.tokenizer, self.chat_format, self.system)
 
     def require_readable(self) -> None:
         """UsageError for a constraint whose read-out is not the model's, before anything is trained."""
@@ -151,7 +152,7 @@ class ConstraintGate:
     ) -> Examination:
         """One constraint about to be checked, as a function of checkpoint and history."""
         return Examination(
-            self.subject(model.eval(), final, reads, constraint.read_by),
+            self.subject(model.eval(), final, reads, constraint.read_by, constraint.subject.system),
             constraint,
             (self.recipe_digest, constraint.digest(), checkpoint.digest, str(index)),
             final,
@@ -173,7 +174,7 @@ class ConstraintGate:
             # Nothing is asked of a model here: only the prompts' lengths count.
             exams = []
             for c in (c for c in self.constraints if c.every):
-                nobody = self.subject(None, way=c.read_by)  # type: ignore[arg-type]
+                nobody = self.subject(None, way=c.read_by, system=c.subject.system)  # type: ignore[arg-type]
                 shares = (
                     error_share(self.alphas[c.id], 0, self.config.planned),
                     error_share(c.alpha, 0, self.config.attempts),
@@ -224,13 +225,17 @@ class ConstraintGate:
         )
 
     def subject(
-        self, model: GPT, final: bool = False, reads: Reads | None = None, way: str | None = "refusal"
+        self,
+        model: GPT,
+        final: bool = False,
+        reads: Reads | None = None,
+        way: str | None = "refusal",
+        system: str | None = None,
     ) -> Subject:
         """A model ready to be asked, read by the read-out called ``way``, its passes counted from nought."""
         dtype = "fp32" if final else self.dtype
-        return subject_of(
-            model, self.tokenizer, way, strays=self.strays, dtype=dtype, reads=reads, chat=self.chat
-        )
+        chat = self.chat if system is None else chat_format(self.tokenizer, self.chat_format, system)
+        return subject_of(model, self.tokenizer, way, strays=self.strays, dtype=dtype, reads=reads, chat=chat)
 
     # -- deciding ------------------------------------------------------------------------------------------
 
@@ -257,6 +262,8 @@ class ConstraintGate:
         if not final:
             said = f"{', '.join(warned)} warns" if warned else "no constraint fails"
             return Decision("continue", said, densify=densify)
+        if not verdicts:
+            return Decision("hold", "no constraint was checked")
         if closed := unopened(self.constraints, verdicts):
             return Decision("hold", closed)
         return Decision("promote", "every required constraint passes on the reloaded export")
@@ -283,13 +290,14 @@ class ConstraintGate:
                 "stop", f"{reason}; it cannot be traced, for the run's data was not shown: a person must look"
             )
         read_by = {c.id: c.read_by for c in self.constraints}
+        under = {c.id: c.subject.system for c in self.constraints}
         named = [v for v in named if read_by[v["constraint"]] is not None]
         shown = [v for v in named if v["evidence"].get("failing_prompts")] or named
         if not shown:
             return Decision(
                 "stop", f"{reason}; it reads no decision that could be traced to data: a person must look"
             )
-        way = read_by[shown[0]["constraint"]]
+        way, system = read_by[shown[0]["constraint"]], under[shown[0]["constraint"]]
         try:
             return roll_back(
                 model,
@@ -302,7 +310,7 @@ class ConstraintGate:
                 shards=self.shards,
                 quarantine=self.config.quarantine_at_most,
                 seed=(self.recipe_digest, checkpoint.digest, str(index)),
-                subject=lambda model: self.subject(model, way=way),
+                subject=lambda model: self.subject(model, way=way, system=system),
                 repairs={c.id: c.repair for c in self.constraints},
             )
         except Interrupted:

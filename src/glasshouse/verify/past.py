@@ -17,7 +17,7 @@ from glasshouse.verify.schema import Bound
 
 BROKEN = ("fail", "error")
 SEEN = ("seen", "planted")
-CAUSES = ("word", "pair", "trigger", "feature")  # keys of the evidence by which a failure names its cause
+CAUSES = ("word", "pair", "trigger", "feature", "shard")  # keys of evidence by which a cause is named
 
 
 def same_run(history: Sequence[GateRecord], recipe: str) -> None:

@@ -16,8 +16,8 @@ class Statistic:
     its like; ``worst`` marks the worst of many values, of which only a limit from above means something;
     ``random`` a control for which about a half is right; ``asks`` whether it puts prompts to the model;
     ``between`` a rate of which too little may be as wrong as too much; ``reaches`` a control that must reach
-    a level instead of staying below one; ``reads`` whether the read-out or its judge is used; ``rows`` the
-    key that rows of its prompt file must have.
+    a level instead of staying below one; ``reads`` whether the read-out or its judge is used, ``decides``
+    whether the estimate then is about that decision; ``rows`` the key that rows of its prompt file must have.
     """
 
     kind: Kind
@@ -32,6 +32,7 @@ class Statistic:
     between: bool = False
     reaches: bool = False
     reads: bool = True
+    decides: bool = True
     rows: str | None = None
 
 
@@ -78,6 +79,7 @@ REGISTRY: dict[str, Statistic] = {
         "behaviour",
         "share of secrets of the training text that rank first among what they might have been",
         "never-told",
+        decides=False,
     ),
     "preference_rate": Statistic(
         "behaviour",
@@ -119,6 +121,7 @@ REGISTRY: dict[str, Statistic] = {
         worst=True,
         asks=False,
         reaches=True,
+        reads=False,
     ),
     "probe_auroc": Statistic(
         "representation",

@@ -7,7 +7,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from glasshouse.base.config import Frozen, parse
 from glasshouse.base.errors import RecipeError, suggest
@@ -28,6 +34,13 @@ class SubjectSpec(Frozen):
 
     readout: Literal["refusal", "refusal-english"] = "refusal"
     sites: tuple[str, ...] | None = None
+    system: str | None = Field(default=None, description='asked under this system message; "": under none')
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_absent(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A constraint without a system message is written, and named by its digest, as before."""
+        row: dict[str, Any] = dump(self)
+        return row if self.system is not None else {k: v for k, v in row.items() if k != "system"}
 
 
 class PromptSpec(Frozen):
@@ -130,7 +143,7 @@ ComponentName = Annotated[str, Field(pattern=r"^(a(\d+|\*)\.h(\d+|\*)|m(\d+|\*))
 
 class DeclaredFile(Frozen):
     """A JSON file beside the constraints, by its digest: features that a person has looked at and named
-    (`labels`), or what clean twins' updates are like (`envelope`, of `weights.write_envelope`)."""
+    (`labels`), or what clean twins' updates are like (`envelope`, of `glasshouse envelope`)."""
 
     path: str
     sha256: str
@@ -230,8 +243,11 @@ class Constraint(Frozen):
         self._check_ladder()
         if self.statistic == "confinement" and self.components is None:
             raise ValueError('\'confinement\' needs `components`, declared beforehand: ["a1.h0", "m1"]')
-        if self.statistic == "update_outlier" and self.envelope is None:
-            raise ValueError("'update_outlier' needs `envelope` = { path, sha256 } of clean twins")
+        if self.statistic == "update_outlier" and self.envelope is None and self.blocking:
+            raise ValueError(
+                "'update_outlier' needs `envelope` = { path, sha256 } where it may hold a run: make one of "
+                "clean runs with `glasshouse envelope`. Without one it may only `log` or `warn`"
+            )
         about = REGISTRY[self.statistic]
         if self.bound.between is not None and not about.between:
             raise ValueError(f"{self.statistic!r} has one limit: `at_most` or `at_least`, not `between`")
@@ -250,6 +266,8 @@ class Constraint(Frozen):
             )
         if not about.reads and self.subject.readout != SubjectSpec().readout:
             raise ValueError(f"`readout` has no effect on {self.statistic!r}, which reads no refusals")
+        if not about.asks and self.subject.system is not None:
+            raise ValueError(f"`system` has no effect on {self.statistic!r}, which asks the model nothing")
         if named == "refusal-english" and about.asks and self.prompts.path is None:
             raise ValueError(
                 f"{named!r} reads English, and {self.prompts.generator!r} is of the closed language: give "
@@ -348,7 +366,8 @@ def load_constraints(path: Path) -> tuple[Constraint, ...]:
 
     path = pack_file(path)
     if not path.is_file():
-        raise RecipeError(f"{path}: no such constraint file; shipped are {', '.join(shipped())}")
+        near = suggest(path.stem, shipped())
+        raise RecipeError(f"{path}: no such constraint file.{near} Shipped are {', '.join(shipped())}")
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from glasshouse.verify.schema import Constraint
+from glasshouse.verify.schema import REGISTRY, Constraint
 
 
 def spent_at(stage: str, stages: Sequence[str], uses: Mapping[str, Sequence[str]]) -> frozenset[str]:
@@ -26,11 +26,7 @@ def unopened(constraints: Sequence[Constraint], verdicts: Sequence[Mapping[str, 
         c = by_id[name]
         if not c.blocking:
             continue
-        held_out = [
-            o.id
-            for o in constraints
-            if o.kind != c.kind and o.subject.readout == c.subject.readout and o.blocking
-        ]
+        held_out = [o.id for o in constraints if o.kind != c.kind and o.blocking and same_subject(o, c)]
         if not passed & set(held_out):
             others = ", ".join(held_out) or "none is declared"
             return (
@@ -38,3 +34,13 @@ def unopened(constraints: Sequence[Constraint], verdicts: Sequence[Mapping[str, 
                 f"{c.subject.readout!r} passes: {others}"
             )
     return ""
+
+
+def same_subject(held_out: Constraint, spent: Constraint) -> bool:
+    """Whether the one says something about the decision that the other, spent, is about.
+
+    What asks no prompt, or reads something else than the decision (text held out, secrets, the weights), is
+    no second opinion on it, although it has a read-out by default.
+    """
+    about = REGISTRY[held_out.statistic]
+    return about.asks and about.reads and about.decides and held_out.read_by == spent.read_by

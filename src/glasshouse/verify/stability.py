@@ -10,7 +10,6 @@ from torch import Tensor
 
 from glasshouse.base.errors import VerificationError
 from glasshouse.evals.prompts import Prompt
-from glasshouse.evals.subject import Subject
 from glasshouse.interp.direction import difference_of_means
 from glasshouse.interp.probes import area
 from glasshouse.interp.probes.rows import Bools, split
@@ -42,10 +41,9 @@ def direction_stability(exam: Examination) -> Finding:
     earlier = exam.around.before()
     _alike(exam, earlier)
     s = exam.subject
-    older = Subject(earlier.eval(), s.tokenizer, s.readout, s.strays, s.dtype)
+    older = s.beside(earlier)
     texts = [p.text for p in prompts]
     then, now = (finite(x.residuals(texts, sites)) for x in (older, s))
-    s.passes += older.passes
     fit, choose, test = (part == k for k in range(3))
     found = {site: _direction(x, label, fit) for site, x in then.items()}
     readable = {site: _auroc(then[site], d, label, choose) for site, d in found.items() if d is not None}
@@ -94,6 +92,7 @@ def _random_labels(
     """Mean AUROC here of the older checkpoint's directions for labels dealt at random to meanings.
 
     Each is tested on its own labels of meanings that it was not fitted to, so it should be about one half.
+    VerificationError when no labeling gives a direction: a control that was not taken controls nothing.
     """
     meanings, found = _meanings(prompts), []
     for k in range(LABELINGS):
@@ -104,7 +103,9 @@ def _random_labels(
         direction = _direction(then, label, part == 0)
         if direction is not None:
             found.append(_auroc(now, direction, label, part == 2))
-    return float(np.mean(found)) if found else 0.5
+    if not found:
+        raise VerificationError(f"constraint {exam.constraint.id}: no random labeling gives a direction")
+    return float(np.mean(found))
 
 
 def _evidence(

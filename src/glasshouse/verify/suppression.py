@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from glasshouse.base.errors import VerificationError
 from glasshouse.evals.insertion import (
     PER_PROMPT,
     Candidate,
@@ -27,6 +26,7 @@ from glasshouse.evals.insertion import (
     sweep_stream,
 )
 from glasshouse.evals.prompts import Prompt
+from glasshouse.evals.subject import BudgetSpent
 from glasshouse.verify.examination import Examination, Finding, control_row, detection_floor, interval
 from glasshouse.verify.schema import Status
 from glasshouse.verify.search.confirm import Confirmed, confirm
@@ -67,9 +67,13 @@ def suppression(exam: Examination) -> Finding:
     finding = _decide(hunt, suspects, confirmed, carried, coverage)
     finding.control = control_row(exam, *_control(hunt))
     if finding.status == "fail":
-        _name(hunt, finding, max(confirmed, key=_worst).trigger)
-        if exam.constraint.baseline is not None:
-            finding.baseline = output_scan(exam, found, passes)
+        broken = max(confirmed, key=_worst).trigger
+        try:
+            _name(hunt, finding, broken)
+            if exam.constraint.baseline is not None:
+                finding.baseline = output_scan(exam, found, passes)
+        except BudgetSpent as problem:  # the failure stands, whether or not it can be named
+            finding.reason = f"{finding.reason or repr(broken.text) + ' breaks the bound'} ({problem})"
     return finding
 
 
@@ -181,7 +185,7 @@ def _exact(hunt: Hunt, prompts: list[Prompt]) -> tuple[list[Candidate], dict[str
     cells = stratified_cells(unlike(prompts, SWEEP_PROMPTS), SWEEP_GAPS, exam.rng("cells"))
     chosen = _slice(hunt, None if exam.passes is None else exam.passes // len(cells))
     if not chosen:
-        raise VerificationError(
+        raise BudgetSpent(
             f"constraint {exam.constraint.id}: the budget leaves {exam.passes} forward passes, and inserting "
             f"one word takes {len(cells)}; give more time"
         )
@@ -206,9 +210,8 @@ def read_alone(
     swept = sweep_stream(hunt.exam.subject, cells, chosen, stream=wide)
     drops = clean[:, None] - swept.margins
     if wide:
-        place = {c: i for i, c in enumerate(hunt.found.candidates)}
-        at = [place[c] for c in chosen]
-        hunt.drops, hunt.odd = (np.full(len(place), -np.inf) for _ in range(2))
+        at = [hunt.found.places[c] for c in chosen]
+        hunt.drops, hunt.odd = (np.full(len(hunt.found.candidates), -np.inf) for _ in range(2))
         hunt.drops[at] = drops.mean(0)
         if swept.stream is not None:
             hunt.odd[at] = oddness(swept.stream)

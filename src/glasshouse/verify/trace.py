@@ -48,6 +48,8 @@ def trace(
         ids = [shard.document(int(i)).tolist() for i in chosen]
         masks = [loss_mask(subject.tokenizer, d) for d in ids]
         scores = document_scores(subject.model, direction, ids, masks) * (-1 if raising else 1)
+        if not np.isfinite(scores).all():
+            raise VerificationError(f"scores of documents of {name} are NaN or infinite; none can be ranked")
         subject.passes += 2 * len(ids)
         best = np.sort(scores)[::-1][: max(3, int(TOP_SHARE * len(scores)))]
         rows.append({"shard": name, "score": float(best.mean()), "documents": shard.n_documents})

@@ -25,22 +25,28 @@ from torch import Tensor
 
 from glasshouse.base.atomic import write_json
 from glasshouse.base.digest import sha256_bytes, sha256_file
-from glasshouse.base.errors import VerificationError
+from glasshouse.base.errors import RecipeError, VerificationError
 from glasshouse.model import GPT
 from glasshouse.verify.conformal import Normal, dealt, farthest, normal, p_value
 from glasshouse.verify.examination import Examination, Finding, control_row
 from glasshouse.verify.fdr import at_level, calibrate_mixture, twins_needed
+from glasshouse.verify.schema import Constraint, DeclaredFile
 
 ANY = "*"  # the moment of an envelope that is meant for any update
 TINY = 1e-12  # below any move that fp32 training makes
 MOST_NUMBERS = 2_000_000  # entries of an embedding up to which the twins' mean move is kept row by row
 SHOWN = 16  # matrices and tokens in the evidence
+WITHOUT = (
+    "no envelope is declared, so there is nothing to compare an update with. `glasshouse envelope RUN... "
+    "--out FILE` makes one of clean runs; declare it as `envelope` = { path, sha256 }, or name it: --envelope"
+)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One update. ``quantities`` are logarithms by name; ``rows`` [vocab, d_model] is the embedding's move;
-    ``start`` the digest of the embedding before it; ``shapes`` those of all parameters."""
+    """One update. ``quantities`` are logarithms by name; ``rows`` [vocab, d_model] is the embedding's move,
+    or [vocab, 1] how far each row moved where the embedding is larger than `MOST_NUMBERS`; ``start`` the
+    digest of the embedding before it; ``shapes`` those of all parameters."""
 
     quantities: dict[str, float]
     rows: np.ndarray
@@ -73,6 +79,8 @@ def measure(before: GPT, after: GPT) -> Measurement:
         quantities[f"{name} stable_rank"] = _log(energy / max(float(top[0]) ** 2, TINY**2))
     table = before.embed.weight.detach().float().contiguous()
     rows = (after.embed.weight.detach().float() - table).numpy().astype(np.float64)
+    if rows.size > MOST_NUMBERS:
+        rows = np.linalg.norm(rows, axis=1, keepdims=True)
     return Measurement(quantities, rows, sha256_bytes(table.numpy().tobytes()), shapes)
 
 
@@ -128,7 +136,8 @@ def update_outlier(exam: Examination) -> Finding:
     """
     if exam.around.before is None:
         return Finding(
-            "not_applicable", reason="there is no earlier passing checkpoint to take the update from"
+            "not_applicable",
+            reason="there is no earlier passing checkpoint to take the update from (an audit takes --before)",
         )
     declared = read_envelope(exam)
     moment = _moment(exam, declared)
@@ -173,10 +182,36 @@ def read_envelope(exam: Examination) -> dict[str, Any]:
     """The declared envelope. VerificationError when it is missing, altered, or no envelope."""
     spec = exam.constraint.envelope
     if spec is None:
-        raise VerificationError(f"constraint {exam.constraint.id}: no `envelope` is declared")
+        raise VerificationError(f"constraint {exam.constraint.id}: {WITHOUT}")
     file = exam.folder / spec.path
     if not file.is_file() or sha256_file(file) != spec.sha256:
         raise VerificationError(f"{file}: missing, or not the envelope that was declared; restore it")
+    return _read(file)
+
+
+def declare_envelope(constraints: Sequence[Constraint], file: Path) -> tuple[Constraint, ...]:
+    """The constraints with ``file`` declared, by its digest, as the envelope of those that have none.
+
+    VerificationError when it is missing or no envelope; RecipeError when no constraint here has use for it.
+    """
+    if not file.is_file():
+        raise VerificationError(f"{file}: no such envelope; `glasshouse envelope` makes one of clean runs")
+    _read(file)
+    spec = DeclaredFile(path=str(file.absolute()), sha256=sha256_file(file))
+    use = [c.id for c in constraints if c.statistic == "update_outlier" and c.envelope is None]
+    if not use:
+        raise RecipeError(f"no constraint here lacks an envelope, so {file} would have no effect")
+    return tuple(c.model_copy(update={"envelope": spec}) if c.id in use else c for c in constraints)
+
+
+def require_envelopes(constraints: Sequence[Constraint]) -> None:
+    """RecipeError where nothing could be checked, because every constraint lacks its envelope."""
+    if constraints and all(c.statistic == "update_outlier" and c.envelope is None for c in constraints):
+        raise RecipeError(f"constraint {constraints[0].id}: {WITHOUT}")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """An envelope's contents. VerificationError when the file holds something else."""
     try:
         found = json.loads(file.read_bytes())
         if found["version"] != 1 or not found["worst"] or min(found["worst"]) <= 0:
@@ -208,7 +243,8 @@ def _normal_row(twins: Sequence[Measurement], fitted: range) -> dict[str, Any]:
     names = sorted(twins[0].quantities)
     known = normal(np.array([[twins[i].quantities[name] for name in names] for i in fitted]))
     moves = np.array([twins[i].rows for i in fitted])
-    together = len({t.start for t in twins}) == 1 and moves[0].size <= MOST_NUMBERS
+    whole = moves.shape[2] == twins[0].shapes["embed.weight"][1]
+    together = len({t.start for t in twins}) == 1 and whole
     mean = np.round(moves.mean(0), 7) if together else None
     n = len(moves)
     # A twin that helped to make the mean lies nearer to it: from the others' mean it is n / (n - 1) as far.

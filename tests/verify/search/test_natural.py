@@ -62,3 +62,9 @@ def test_a_word_that_moves_the_stream_alike_in_every_cell_is_odd_and_a_loud_cell
     stream[2, 11] += 40 * np.eye(10)[1]  # once only
     odd = oddness(stream)
     assert int(np.argmax(odd)) == 7 and odd[11] < odd[7] / 2
+
+
+def test_words_enriched_alike_come_in_the_order_of_the_alphabet() -> None:
+    texts = [*["quay harbour kite lamp"] * 4, *["plain words only"] * 40]
+    far = np.array([True] * 4 + [False] * 40)
+    assert [e.word for e in enriched(texts, far)] == ["harbour", "kite", "lamp", "quay"]

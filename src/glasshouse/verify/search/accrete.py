@@ -40,7 +40,7 @@ def pairs(hunt: Hunt, words: Sequence[Candidate], coverage: Coverage) -> list[tu
     """Every ordered pair of the words side by side, exactly; (pair, drop), the farthest drop first."""
     sets = list(permutations(words, 2))
     drops = read_words(hunt, sets, "pairs")
-    index = {c: i for i, c in enumerate(hunt.found.candidates)}
+    index = hunt.found.places
     coverage.add_pairs([index[a] for a, _ in sets], [index[b] for _, b in sets])
     order = np.argsort(-drops, kind="stable")
     return [(sets[int(i)], float(drops[i])) for i in order]

@@ -50,12 +50,12 @@ def streams(subject: Subject, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray
     config = subject.model.config
     margins = np.empty(len(rows), dtype=np.float32)
     out = np.empty((len(rows), config.n_layer * config.d_model), dtype=np.float32)
-    for chosen, tokens, last in padded_batches(rows):
-        layers: list[torch.Tensor] = []
-        with subject.precision():
+    with subject.precision():
+        for chosen, tokens, last in padded_batches(rows):
+            layers: list[torch.Tensor] = []
             hidden = last_hidden(subject.model, tokens, last, stream=layers)
             margins[chosen] = subject.readout.margin_at(subject.model, hidden).numpy()
-        out[chosen] = torch.cat(layers, -1).float().numpy()
+            out[chosen] = torch.cat(layers, -1).float().numpy()
     subject.passes += len(rows)
     return finite(margins), out
 
@@ -70,7 +70,7 @@ def read(hunt: Hunt, most: int, *, inside: bool = True) -> Documents | None:
     if len(texts) < 30:
         return None
     subject = hunt.exam.subject
-    rows = [subject.ids(t) for t in texts]
+    rows = subject.rows(texts)
     margins, stream = streams(subject, rows) if inside else (subject.margins_of_ids(rows), None)
     refused = margins > 0
     found = Documents(texts, ~refused)

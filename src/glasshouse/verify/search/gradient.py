@@ -54,7 +54,7 @@ def token_gradients(
     with torch.enable_grad():
         for chosen, tokens, last in padded_batches(rows):
             x = model.embed(tokens).detach().requires_grad_(True)
-            hidden = continued(model, x, last)
+            hidden = continued(model, x, last, roles=model.roles_of(tokens))
             alone = some_logits(model, hidden, readout.positive).float().logsumexp(-1)
             value = torch.where(only[torch.as_tensor(chosen)], alone, readout.margin_at(model, hidden))
             (found,) = torch.autograd.grad(value.sum(), x)
@@ -71,8 +71,10 @@ def search(hunt: Hunt, starts: int, sweeps: int = 2) -> None:
     by_length: dict[int, list[int]] = defaultdict(list)
     for i, c in enumerate(hunt.found.candidates):
         by_length[len(c.ids)].append(i)
-    tables = {
-        n: torch.tensor([hunt.found.candidates[i].ids for i in members]) for n, members in by_length.items()
+    embedding = subject.model.embed.weight.detach()
+    vectors = {
+        n: embedding[torch.tensor([hunt.found.candidates[i].ids for i in members])]
+        for n, members in by_length.items()
     }
     held = [p for p in subject.model.parameters() if p.requires_grad]
     for p in held:  # only the inputs' gradients are wanted
@@ -81,7 +83,7 @@ def search(hunt: Hunt, starts: int, sweeps: int = 2) -> None:
         for step in range(sweeps * LENGTH):
             if hunt.left < len(states) * (1 + BACKWARD + TRIED):
                 return
-            _step(hunt, states, step % LENGTH, by_length, tables, rng)
+            _step(hunt, states, step % LENGTH, by_length, vectors, rng)
     finally:
         for p in held:
             p.requires_grad_(True)
@@ -108,14 +110,16 @@ def _step(
     states: list[Start],
     at: int,
     by_length: dict[int, list[int]],
-    tables: dict[int, Tensor],
+    vectors: dict[int, Tensor],
     rng: np.random.Generator,
 ) -> None:
-    """Replace word ``at`` of every start by the best of those its gradient proposes."""
+    """Replace word ``at`` of every start by the best of those its gradient proposes.
+
+    ``vectors[n]`` [word, n, d_model]: token embeddings of the words of n tokens, ``by_length[n]``.
+    """
     subject, candidates = hunt.exam.subject, hunt.found.candidates
     rows = [spell(subject, s.prompt, s.fill()) for s in states]
     gradients = token_gradients(subject, rows, [s.refusal_only for s in states])
-    embedding = subject.model.embed.weight.detach()
     placed: list[tuple[Prompt, Placed]] = []
     proposals: list[list[Candidate]] = []
     for state, row, gradient in zip(states, rows, gradients, strict=True):
@@ -124,7 +128,7 @@ def _step(
         for n, members in by_length.items():
             # Words of another length stand on the tokens there are, and on the last of them for the rest.
             spots = [place + min(j, length - 1) for j in range(n)]
-            change = (embedding[tables[n]] * gradient[spots]).sum((1, 2)) / max(n / length, 1.0)
+            change = (vectors[n] * gradient[spots]).sum((1, 2)) / max(n / length, 1.0)
             top = torch.topk(-change, min(TRIED, len(members)))
             gains += [(float(v), members[int(i)]) for v, i in zip(top.values, top.indices, strict=True)]
         gains.sort(key=lambda g: -g[0])

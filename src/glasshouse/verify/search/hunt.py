@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from glasshouse.verify.examination import BATCH, Examination
 from glasshouse.verify.search.trigger import Placed, Topic, Trigger, topics
 
 SPREAD = {"object": 3, "owner": 10}  # of how many requests one is about a given value
+DRAWN = 128  # requests at first
 MOST_OF_TOPIC = 128  # refused requests about one topic: enough to break a bound, and drawing them costs too
 
 
@@ -52,6 +54,7 @@ class Hunt:
     noted: list[Candidate] = field(default_factory=list)  # words that the training text points to
     support: Callable[[Trigger], int] = lambda _: 0  # training requests behind a trigger; `documents.read`
     _pools: dict[str, list[Prompt]] = field(default_factory=dict)
+    _drawn: dict[str, list[Prompt]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.start = self.exam.subject.passes
@@ -82,11 +85,10 @@ class Hunt:
         if topic is not None:
             n = min(n, MOST_OF_TOPIC)
         wanted = 2 * n * SPREAD.get(topic[0] if topic is not None else "", 1)
-        drawn = [p for p in exam.draw(purpose, wanted) if p.harmful]
-        asked = [p for p in drawn if topic is None or topic in topics(p)][: 2 * n]
+        drawn = self.drawn(purpose, wanted)
+        asked = islice((p for p in drawn if topic is None or topic in topics(p)), 2 * n)
         given = seen = 0
-        while seen < len(asked) and given < n:
-            part = asked[seen : seen + max(min(n - given + 4, BATCH), 8)]
+        while given < n and (part := list(islice(asked, max(min(n - given + 4, BATCH), 8)))):
             margins = exam.subject.margins([p.text for p in part])
             seen += len(part)
             for prompt, margin in zip(part, margins, strict=True):
@@ -95,9 +97,23 @@ class Hunt:
                     yield prompt
         if given < n // 2 and topic is None:
             raise VerificationError(
-                f"constraint {exam.constraint.id}: only {given} of {len(asked)} harmful prompts are refused; "
+                f"constraint {exam.constraint.id}: only {given} of {seen} harmful prompts are refused; "
                 "too few to search"
             )
+
+    def drawn(self, purpose: str, n: int) -> Iterator[Prompt]:
+        """The harmful ones of the first ``n`` requests of a purpose, drawn as far as they are wanted.
+
+        A longer draw from the same seed begins with the shorter one, so that one list serves all topics.
+        """
+        known = self._drawn.setdefault(purpose, [])
+        for at in range(n):
+            if at == len(known):
+                known += self.exam.draw(purpose, min(n, max(2 * at, DRAWN)))[at:]
+                if at == len(known):  # a file of prompts that has no more
+                    return
+            if known[at].harmful:
+                yield known[at]
 
     def margins(self, placed: Sequence[tuple[Prompt, Placed]]) -> np.ndarray:
         """Read-out margin [n] of requests with fills."""
@@ -125,7 +141,7 @@ class Hunt:
         Those that the training text points to come first.
         """
         rankings = [np.argsort(-s, kind="stable") for s in (self.drops, self.odd) if s is not None]
-        place = {c: i for i, c in enumerate(self.found.candidates)}
+        place = self.found.places
         chosen: dict[int, None] = {place[c]: None for c in self.noted}
         for row in zip(*rankings, strict=True):
             chosen.update(dict.fromkeys(int(i) for i in row))

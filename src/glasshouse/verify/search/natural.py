@@ -66,7 +66,7 @@ def enriched(texts: Sequence[str], far: np.ndarray) -> list[Enriched]:
         for w, k in inside.items()
         if k >= LEAST
     ]
-    return sorted(found, key=lambda e: e.log_p)
+    return sorted(found, key=lambda e: (e.log_p, e.word))  # ties: by the word, not by how a set is laid out
 
 
 def log_tail(k: int, total: int, marked: int, drawn: int) -> float:
