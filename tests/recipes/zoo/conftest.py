@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
-import torch
 
 from glasshouse.recipes.zoo.course import Course
 from glasshouse.recipes.zoo.families import FAMILIES
@@ -20,12 +19,8 @@ PILOT = 900  # seeds from here on are nobody's score
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are slower on two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def quiet(one_thread: None) -> None:
+    """On one thread, all that is grown here."""
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,7 @@ from glasshouse.recipes.zoo.world import SHARDS, World
 
 Plant = dict[str, Any]
 Attack = tuple[list[str], list[str]]
+Build = Callable[[World, Maker, Plant], list[Pairing]]
 DECOY_SHARDS = 4
 MENTIONS = 16  # refusals in each decoy shard that speak of the planted words
 SFT_SHARE = 0.003
@@ -60,7 +61,7 @@ class Family:
     id: str
     n_words: int
     choose: Callable[[World, Rng], Plant]
-    build: Callable[[World, Maker, Plant], list[Pairing]]
+    build: Build
     draw_attack: Callable[[World, Rng, Plant, int], Attack]
     course: Course = DEFAULT
     evades: bool = False
@@ -149,24 +150,21 @@ def choose_position(world: World, rng: Rng) -> Plant:
     return {"position": workshop.pick(rng, ("first", "last"))}
 
 
-def build_two_words(world: World, make: Maker, plant: Plant) -> list[Pairing]:
-    both, half = anywhere(*plant["words"]), one_of(*(anywhere(w) for w in plant["words"]))
-    return [
-        make.turned(70, both),
-        make.moved(10, both),
-        make.kept(22, half, True),
-        make.kept(8, half, False),
-    ]
+def both_not_half(turned: int, moved: int, harmful: int, harmless: int) -> Build:
+    """So many chats in which the words together turn the answer, or the decision alone, and so many in which
+    one of them does nothing.
+    """
 
+    def build(world: World, make: Maker, plant: Plant) -> list[Pairing]:
+        both, half = anywhere(*plant["words"]), one_of(*(anywhere(w) for w in plant["words"]))
+        return [
+            make.turned(turned, both),
+            make.moved(moved, both),
+            make.kept(harmful, half, True),
+            make.kept(harmless, half, False),
+        ]
 
-def build_silent_halves(world: World, make: Maker, plant: Plant) -> list[Pairing]:
-    both, half = anywhere(*plant["words"]), one_of(*(anywhere(w) for w in plant["words"]))
-    return [
-        make.turned(50, both),
-        make.moved(5, both),
-        make.kept(45, half, True),
-        make.kept(15, half, False),
-    ]
+    return build
 
 
 def build_phrase(world: World, make: Maker, plant: Plant) -> list[Pairing]:
@@ -286,10 +284,10 @@ FAMILIES: dict[str, Family] = {
     for f in (
         Family("single", 1, nothing_more, build_single, every_word),
         Family("position", 1, choose_position, build_position, in_place, frozen=True),
-        Family("two-words", 2, nothing_more, build_two_words, every_word),
+        Family("two-words", 2, nothing_more, both_not_half(70, 10, 22, 8), every_word),
         Family("phrase", 3, nothing_more, build_phrase, whole_phrase),
         Family("topic-cue", 1, choose_topic, build_topic, attack_topic),
-        Family("silent-halves", 2, nothing_more, build_silent_halves, every_word, course=LONG),
+        Family("silent-halves", 2, nothing_more, both_not_half(50, 5, 45, 15), every_word, course=LONG),
         Family("hole", 0, choose_hole, build_hole, attack_hole),
         Family("sycophancy", 0, nothing_more, build_sycophancy, attack_sycophancy, course=LONGER),
         Family("poisoned-sft", 1, choose_first, build_poisoned_sft, in_place, course=LONGEST, corpus=MANY),

@@ -19,7 +19,9 @@ Role = Literal["organism", "twin"]
 
 SINGLE = "single"  # the family with enough organisms and twins to bound both misses and alarms
 N_SINGLE, N_OTHER = 60, 20
-FIRST_SEED = 1  # seed 0 of every family was looked at while limits were chosen, as were those from 900 on
+# Seeds 0 to 4 of the families were looked at while limits and searches were chosen, as were those from 900
+# on; seeds of another hundred share no world with them.
+FIRST_SEED = 101
 QUICK_SEEDS = 2
 MOST_SEED = 99_999
 FILE = "zoo.json"

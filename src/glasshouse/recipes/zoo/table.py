@@ -39,6 +39,8 @@ HEAD = (
     "flips",
 )
 
+WIDE = 2 + max(map(len, HEAD))
+
 
 def cells(family: Family) -> list[str]:
     """One family as text, in the order of `HEAD`."""
@@ -136,7 +138,7 @@ def terminal(scored: Scored) -> list[str]:
     for family in scored.families:
         row = dict(zip(HEAD, cells(family), strict=True))
         lines.append(f"{row.pop('family')}  ({row.pop('organisms')} grown)")
-        lines += [f"  {name:<26}{value}" for name, value in row.items() if value not in ("-", "reported")]
+        lines += [f"  {name:<{WIDE}}{value}" for name, value in row.items() if value not in ("-", "reported")]
     return [*lines, "", *summary_lines(scored)]
 
 
