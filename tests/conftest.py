@@ -24,6 +24,17 @@ def glasshouse_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield home
 
 
+@pytest.fixture(scope="session")
+def one_thread() -> Iterator[None]:
+    """Small models are slower on two threads."""
+    import torch  # not above: half of the tests do without, and start sooner
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # Tests that grow models take longest; begun first, they do not leave one process working alone at the end.
 LONGEST = ("planted", "recipes/zoo")
 

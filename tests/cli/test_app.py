@@ -42,6 +42,17 @@ def test_help_report_and_ledger_verify_do_without_torch(finished: Path, argument
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("group", [[], ["lens"], ["zoo"], ["ledger"]], ids=" ".join)
+def test_a_list_of_commands_says_each_in_full_on_80_columns(group: list[str]) -> None:
+    done = subprocess.run(
+        command(*group, "--help"), capture_output=True, text=True, env=environ(COLUMNS="80")
+    )
+    _, _, commands = done.stdout.partition("\nCommands:\n")
+    told = [line for line in commands.split("\n\n")[0].splitlines() if line.strip()]
+    assert told and all(line.rstrip().endswith(".") for line in told)
+    assert not any(line.rstrip().endswith("...") for line in told)
+
+
 def test_the_version_is_printed() -> None:
     assert call("--version").out == f"glasshouse {glasshouse.__version__}\n"
 
@@ -92,6 +103,7 @@ def test_an_error_nobody_foresaw_says_so_and_shows_where(capsys: pytest.CaptureF
         (errno.ENOSPC, 10, "free some space"),
         (errno.EACCES, 10, "permissions"),
         (errno.ENOENT, 2, "No such file"),
+        (errno.EEXIST, 2, "is no folder"),
     ],
 )
 def test_errors_of_the_disk_name_the_file_and_the_remedy(number: int, code: int, words: str) -> None:

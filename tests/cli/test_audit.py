@@ -82,6 +82,11 @@ def test_a_model_and_a_constraint_file_that_are_not_there_are_named(
     assert done.code == 2 and "none.toml" in done.err
 
 
+def test_a_misspelt_pack_names_the_nearest() -> None:
+    done = call("audit", "nowhere", "--constraints", "sycofancy")
+    assert done.code == 2 and "Did you mean 'sycophancy'?" in done.err
+
+
 @pytest.mark.parametrize(
     ("text", "value"), [("90s", 90), ("20m", 1200), ("1.5h", 5400), ("30", 30), (None, None)]
 )

@@ -12,9 +12,17 @@ from torch import Tensor
 from glasshouse.base.errors import UsageError, VerificationError
 from glasshouse.interp.circuits import Shape, planted_transformer
 from glasshouse.interp.circuits.planted import ancestors
-from glasshouse.interp.components import component_names, exchanged, matching, propose, share
+from glasshouse.interp.components import (
+    component_names,
+    exchanged,
+    exchanged_along,
+    matching,
+    propose,
+    share,
+)
 from glasshouse.interp.patching import patch_component
-from glasshouse.model import GPT, GPTConfig
+from glasshouse.model import GPT, GPTConfig, Taps
+from stirred import stirred
 
 
 @dataclass(frozen=True)
@@ -29,11 +37,7 @@ class Two:
 def model() -> GPT:
     """Random weights in every part, so that every component does something."""
     config = GPTConfig(vocab_size=11, context=12, d_model=16, n_layer=2, n_head=2, activation="gelu")
-    made, noise = GPT(config).init_weights(0).eval(), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in made.parameters():
-            p.add_(0.2 * torch.randn(p.shape, generator=noise))
-    return made
+    return stirred(GPT(config).init_weights(0).eval(), 1)
 
 
 def twins(n: int = 70) -> tuple[list[list[int]], list[list[int]]]:
@@ -70,6 +74,29 @@ def test_everything_exchanged_leaves_only_what_the_embedding_itself_says(model: 
     here, there, mixed = exchanged(model, base, source, Two(), [component_names(model.config), ()])
     assert share(here, there, mixed[0]).value == pytest.approx(1.0, abs=1e-4)
     assert mixed[1] == pytest.approx(here)
+
+
+def residual(model: GPT, row: list[int], site: str) -> Tensor:
+    """The residual stream [pos, d_model] of one row."""
+    with Taps(read=[site]) as taps:
+        model(torch.tensor([row]), taps)
+    return taps[site][0]
+
+
+def test_one_direction_exchanged_is_the_plain_run_with_that_component_replaced(model: GPT) -> None:
+    (base, source), site = twins(), "blocks.0.resid_post"
+    along = torch.nn.functional.normalize(torch.arange(1.0, 17.0), dim=0)
+    here, there, put = exchanged_along(model, base, source, Two(), site, along)
+    whole = exchanged(model, base, source, Two(), [])
+    assert here == pytest.approx(whole[0]) and there == pytest.approx(whole[1])
+    for i in range(0, 70, 9):  # one row at a time, unpadded, by hand
+        with torch.no_grad():
+            given = residual(model, source[i], site)
+            made = residual(model, base[i], site)
+            made = made + torch.outer((given - made) @ along, along)
+            with Taps(edit={site: lambda x, made=made: made[None]}) as taps:
+                value = Two().margin(model(torch.tensor([base[i]]), taps)[0, -1])
+        assert put[i] == pytest.approx(float(value), abs=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from glasshouse.base.errors import UsageError
 from glasshouse.interp.influence_large import curved_scores
 from glasshouse.model import GPT, GPTConfig, gpt
+from stirred import stirred
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def model() -> GPT:
     config = GPTConfig(vocab_size=11, context=12, d_model=16, n_layer=2, n_head=2, activation="gelu")
-    made, noise = GPT(config).init_weights(0).eval(), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in made.parameters():
-            p.add_(0.2 * torch.randn(p.shape, generator=noise))
-    return made
+    return stirred(GPT(config).init_weights(0).eval(), 1)
 
 
 def data() -> tuple[list[list[int]], list[list[int]], list[list[int]]]:

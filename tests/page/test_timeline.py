@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from glasshouse.page import build_report
+from glasshouse.page.curves import pieces_of
 from page.make_run import SHARD, WORD, make_run
 
 
@@ -60,3 +61,12 @@ def test_a_name_that_a_model_wrote_is_text_and_never_markup(run: Path) -> None:
         assert "<script" not in html and "&lt;script" in html
     finally:
         file.write_text(kept)
+
+
+def test_an_undone_branch_is_drawn_from_the_checkpoint_the_run_went_back_to() -> None:
+    points = [(0.0, 0.0, ""), (40.0, 0.1, ""), (80.0, 0.9, ""), (120.0, 0.2, "")]
+    spans = [(40.0, 80.0, "rolled back")]
+    drawn = {s.faint: list(s.points) for s in pieces_of("word", points, spans, 0, "both")[:2]}
+    assert drawn == {False: [(0.0, 0.0), (40.0, 0.1)], True: [(40.0, 0.1), (80.0, 0.9)]}
+    dense = pieces_of("loss", points, spans, 0, "thin")[1]
+    assert dense.faint and list(dense.points) == [(80.0, 0.9)], "a loss has a row right after it"

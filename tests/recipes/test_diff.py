@@ -109,16 +109,37 @@ def test_the_result_reads_as_a_table_and_as_a_page(text: Path, tmp_path: Path) -
     assert file.is_file() and "Embedding rows that moved most" in page.read_text()
 
 
-def test_the_command_compares_two_folders_and_says_what_is_wrong(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("models")
     for name in ("a", "b"):
-        save_hf(oracle.model(), tmp_path / name)
-        oracle.tokenizer().save(tmp_path / name / "tokenizer.json")
-    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b"), "--text", str(text)]) == 0
+        save_hf(oracle.model(), folder / name)
+        oracle.tokenizer().save(folder / name / "tokenizer.json")
+    return [str(folder / "a"), str(folder / "b")]
+
+
+def test_the_command_compares_two_folders_and_says_what_is_wrong(
+    folders: list[str], text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["diff", *folders, "--text", str(text)]) == 0
     assert "same most likely token" in capsys.readouterr().out
-    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "none")]) == 2
+    assert main(["diff", folders[0], f"{folders[0]}/none"]) == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_constraints_are_asked_of_both_models_in_the_format_that_is_named(
+    folders: list[str], text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["diff", *folders, "--text", str(text), "--constraints", "truthfulness-english"]
+    told = []
+    for asked_in in ("glasshouse", "plain"):
+        assert main([*arguments, "--chat-format", asked_in]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        told.append(next(line for line in printed if line.strip().startswith("prefers-the-truth-english")))
+        assert "not told apart" in told[-1]
+    assert told[0] != told[1], "the two formats put other questions"
+    assert main([*arguments, "--chat-format", "chatml"]) == 2
+    assert "chatml" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

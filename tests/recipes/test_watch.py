@@ -235,6 +235,19 @@ def test_who_asks_to_go_on_gets_every_verdict_and_no_promotion(written: dict[str
     assert verify_ledger(written["run"]).ok and build_report(written["run"])
 
 
+def test_a_gate_is_due_every_so_many_steps_whichever_of_them_a_loop_calls_at(
+    written: dict[str, Path],
+) -> None:
+    """A loop that calls at every fourth step must not wait for one that both numbers divide."""
+    watch = Watch(
+        written["run"], written["constraints"], tokenizer=written["tokenizer"], every=10, stop_on_fail=False
+    )
+    judged = [step for step in (4, 8, 12, 16, 20, 24, 38, 43) if watch(oracle.model(), step) is not None]
+    assert judged == [12, 20, 38, 43]
+    with pytest.raises(UsageError, match="steps only rise"):
+        watch(oracle.model(), 30)
+
+
 def test_what_cannot_be_watched_is_said_at_once(written: dict[str, Path], tmp_path: Path) -> None:
     how = {"tokenizer": written["tokenizer"]}
     with pytest.raises(UsageError, match="every = 0"):

@@ -7,8 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from glasshouse.model import GPT
+from stirred import stirred
+from train.tiny import new_model
+
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLASSHOUSE_HOME", str(tmp_path / "home"))
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def model() -> GPT:
+    """One block with weights that write to the stream (at initialisation they are zero)."""
+    return stirred(new_model(), 0)

@@ -30,19 +30,9 @@ from glasshouse.train.interventions import (
 )
 from glasshouse.train.interventions_config import read_repair
 from glasshouse.train.objective import TensorBatch, tensors
-from train.tiny import ReadsTheModel, batches, end_of, new_model, plan, stages, train
+from train.tiny import ReadsTheModel, batches, end_of, plan, stages, train
 
 SITE = "blocks.0.resid_post"
-
-
-@pytest.fixture
-def model() -> GPT:
-    """One block with weights that write to the stream (at initialisation they are zero)."""
-    model, random = new_model(), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=random) * 0.2)
-    return model
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from glasshouse.train.monitor import (
 )
 from glasshouse.train.objective import Loss, TensorBatch, next_token
 from glasshouse.train.step import backward
+from stirred import stirred
 from train.tiny import stages, train
 
 LAYERED = ("resid_rms", "attn_entropy", "attn_entropy_min", "attn_logit_max", "dead_units", "update_ratio")
@@ -31,12 +32,7 @@ CONFIG = GPTConfig(vocab_size=32, context=16, d_model=16, n_layer=2, n_head=2, q
 
 
 def model(**changes: Any) -> GPT:
-    made = GPT(CONFIG.model_copy(update=changes)).init_weights(3)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for p in made.parameters():
-            p.add_(torch.randn(p.shape, generator=generator), alpha=0.05)
-    return made
+    return stirred(GPT(CONFIG.model_copy(update=changes)).init_weights(3), 5, 0.05)
 
 
 def batch(rows: int = 8) -> TensorBatch:

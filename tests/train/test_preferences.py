@@ -82,6 +82,36 @@ def test_where_nothing_is_bad_it_is_next_token_to_the_bit(objective: Callable[..
     assert all(torch.equal(a, b) for a, b in zip(own, its, strict=True))
 
 
+def test_its_gradient_pushes_a_bad_target_down_and_all_others_up() -> None:
+    """Of -alpha log(1 - p) by logit: alpha p at the target, -alpha p q / (1 - p) elsewhere."""
+    model, data, alpha = new_model(), batch(), 0.7
+    (found,) = torch.autograd.grad(unlikelihood(model, data, alpha=alpha).total, [model.head.weight])
+    hidden = model.hidden(data.tokens).detach().double().numpy()
+    logits = hidden @ model.head.weight.detach().double().numpy().T
+    expected, count = np.zeros(found.shape), float(data.weight.double().sum())
+    for b in range(ROWS):
+        for t in range(POS):
+            e = np.exp(logits[b, t] - logits[b, t].max())
+            q, at, w = e / e.sum(), int(data.targets[b, t]), float(data.weight[b, t])
+            push = q - np.eye(len(q))[at]  # of -log p
+            if data.rows[b].endswith("-bad"):
+                push = alpha * np.where(np.arange(len(q)) == at, q[at], -q[at] * q / (1 - q[at]))
+                assert push[at] > 0 >= np.delete(push, at).max() and abs(push.sum()) < 1e-12
+            expected += w / count * np.outer(push, hidden[b, t])
+    assert np.abs(found.numpy() - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("objective", [unlikelihood, reward_weighted])
+def test_a_target_without_weight_counts_for_nothing_whatever_it_is(objective: Callable[..., Loss]) -> None:
+    model, data = new_model(), batch()
+    other = replace(data, targets=torch.where(data.weight > 0, data.targets, (data.targets + 5) % 16))
+    assert not torch.equal(other.targets, data.targets)
+    ours, theirs = (
+        torch.autograd.grad(objective(model, x).total, list(model.parameters())) for x in (data, other)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 def test_unlikelihood_makes_bad_text_less_likely_and_good_text_more() -> None:
     model, data = new_model(), batch()
 

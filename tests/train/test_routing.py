@@ -26,19 +26,10 @@ from glasshouse.train.routing import (
     silenced,
     without_blocks,
 )
-from train.tiny import CONFIG, batches, new_model, plan, poisoned, stages, train
+from train.tiny import CONFIG, batches, plan, poisoned, stages, train
 
 BLOCKS = (Block(layer=0, heads=(1,), units=(16, 64)),)
 ROUTE = Route(kind="route", shards=("poison",), blocks=BLOCKS)
-
-
-@pytest.fixture
-def model() -> GPT:
-    model, random = new_model(), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=random) * 0.2)
-    return model
 
 
 @pytest.fixture

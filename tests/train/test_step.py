@@ -11,6 +11,7 @@ from glasshouse.model import GPT
 from glasshouse.train.config import StageConfig
 from glasshouse.train.objective import Loss, TensorBatch, next_token, tensors
 from glasshouse.train.step import backward, checked, pieces, plain
+from stirred import stirred
 from train.tiny import CONFIG, POS, ROWS, batches, new_model, plan
 
 
@@ -33,11 +34,7 @@ def with_size(model: GPT, batch: TensorBatch) -> Loss:
 
 def moved() -> GPT:
     """The tiny model away from its start, where half of the gradients are zero."""
-    model, generator = new_model(), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
-    return model
+    return stirred(new_model(), 1, 0.1)
 
 
 @pytest.mark.parametrize("objective", [next_token, with_size])

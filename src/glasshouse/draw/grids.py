@@ -96,7 +96,7 @@ class _Grid:
         parts.append(el("rect", tip, **box, class_=kind, fill_opacity=f"{share:.3f}"))
         if self.size >= 30:
             middle, ink = (x + self.size / 2, y + self.tall / 2 + 4), "on" if share > 0.55 else "value"
-            parts.append(text(*middle, f"{value:.2f}", ink, "middle", pointer_events="none"))
+            parts.append(text(*middle, f"{value:z.2f}", ink, "middle", pointer_events="none"))
         return parts
 
 

@@ -8,7 +8,7 @@ causes in later components.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from glasshouse.base.errors import UsageError, VerificationError
+from glasshouse.interp.attribution.places import node
+from glasshouse.interp.attribution.rerun import put_edits
 from glasshouse.interp.patching import Margin
 from glasshouse.model import GPT, GPTConfig, Taps
-from glasshouse.model.taps import Edit
 
 Floats = NDArray[np.float64]
 Rows = Sequence[Sequence[int]]
@@ -72,29 +73,66 @@ def exchanged(
     The third is [sets, n]. Rows are token ids, base and source row by row of one length; the decision is read
     at the last token. UsageError when lengths differ; VerificationError when a decision is not finite.
     """
+    names = [f"blocks.{i}.{s}" for i in range(model.config.n_layer) for s in ("z", "mlp_out")]
+    out = np.empty((2 + len(sets), len(base)))
+    for chosen, rows, others, last in _beside(base, source):
+        with Taps(read=names) as taps:
+            out[1, chosen] = _decided(model, others, last, readout, taps)
+        source_acts = {name: taps[name] for name in names}
+        out[0, chosen] = _decided(model, rows, last, readout, None)
+        for k, members in enumerate(sets):
+            edits = put_edits([(slice(None), node(name, model)) for name in members], source_acts)
+            with Taps(edit=edits) as taps:
+                out[2 + k, chosen] = _decided(model, rows, last, readout, taps if edits else None)
+    return _finite(out)[0], out[1], out[2:]
+
+
+@torch.no_grad()
+def exchanged_along(
+    model: GPT, base: Rows, source: Rows, readout: Margin, site: str, direction: Tensor
+) -> tuple[Floats, Floats, Floats]:
+    """Decisions [n] of ``base``, of ``source``, and of base with its component along the unit ``direction``
+    [width] at ``site`` ([batch, pos, width]) from source, at every position. Errors as `exchanged`.
+    """
+    out = np.empty((3, len(base)))
+    along = direction.to(model.device)
+    for chosen, rows, others, last in _beside(base, source):
+        with Taps(read=[site]) as taps:
+            out[1, chosen] = _decided(model, others, last, readout, taps)
+        level = taps[site].float() @ along
+
+        def put(x: Tensor, level: Tensor = level) -> Tensor:
+            missing = level - x.float() @ along
+            return (x.float() + missing.unsqueeze(-1) * along).to(x.dtype)
+
+        out[0, chosen] = _decided(model, rows, last, readout, None)
+        with Taps(edit={site: put}) as taps:
+            out[2, chosen] = _decided(model, rows, last, readout, taps)
+    return _finite(out)[0], out[1], out[2]
+
+
+def _beside(base: Rows, source: Rows) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor, Tensor]]:
+    """Twins by length, a batch at a time: their numbers, both sides' tokens [n, pos], each one's last place
+    [n]. UsageError when lengths differ.
+    """
     wrong = next((i for i, (b, s) in enumerate(zip(base, source, strict=True)) if len(b) != len(s)), None)
     if wrong is not None:
         raise UsageError(
             f"row {wrong}: exchanging needs twins of one length, got {len(base[wrong])} and "
             f"{len(source[wrong])} tokens"
         )
-    names = [f"blocks.{i}.{s}" for i in range(model.config.n_layer) for s in ("z", "mlp_out")]
-    out = np.empty((2 + len(sets), len(base)))
     order = np.argsort([len(row) for row in base], kind="stable")
     for start in range(0, len(order), BATCH):
         chosen = order[start : start + BATCH]
         (rows, last), (others, _) = _padded([base[i] for i in chosen]), _padded([source[i] for i in chosen])
-        with Taps(read=names) as taps:
-            out[1, chosen] = _decided(model, others, last, readout, taps)
-        source_acts = {name: taps[name] for name in names}
-        out[0, chosen] = _decided(model, rows, last, readout, None)
-        for k, members in enumerate(sets):
-            edit = _edits(members, source_acts)
-            with Taps(edit=edit) as taps:
-                out[2 + k, chosen] = _decided(model, rows, last, readout, taps if edit else None)
+        yield chosen, rows, others, last
+
+
+def _finite(out: Floats) -> Floats:
+    """Decisions as they are. VerificationError when one is not finite."""
     if not np.isfinite(out).all():
         raise VerificationError("a decision is NaN or infinite; nothing was measured")
-    return out[0], out[1], out[2:]
+    return out
 
 
 def _padded(rows: Rows) -> tuple[Tensor, Tensor]:
@@ -110,34 +148,6 @@ def _decided(model: GPT, tokens: Tensor, last: Tensor, readout: Margin, taps: Ta
     at = hidden[torch.arange(len(tokens), device=hidden.device), last.to(hidden.device)]
     found: Floats = readout.margin(model.unembed(at)).double().cpu().numpy()
     return found
-
-
-def _edits(members: Collection[str], source: Mapping[str, Tensor]) -> dict[str, Edit]:
-    """Edits that give components their outputs in ``source``."""
-    heads: dict[str, list[int]] = {}
-    edits: dict[str, Edit] = {}
-    for name in members:
-        layer, _, head = name[1:].partition(".h")
-        if head:
-            heads.setdefault(f"blocks.{layer}.z", []).append(int(head))
-        else:
-            edits[f"blocks.{layer}.mlp_out"] = _whole(source[f"blocks.{layer}.mlp_out"])
-    return edits | {site: _heads(source[site], numbers) for site, numbers in heads.items()}
-
-
-def _whole(source: Tensor) -> Edit:
-    return lambda x: source
-
-
-def _heads(source: Tensor, numbers: list[int]) -> Edit:
-    """Heads ``numbers`` of [n, head, pos, d_head] from ``source``."""
-
-    def edit(x: Tensor) -> Tensor:
-        x = x.clone()
-        x[:, numbers] = source[:, numbers]
-        return x
-
-    return edit
 
 
 def share(base: Floats, source: Floats, mixed: Floats) -> Share:

@@ -79,7 +79,7 @@ def curved_scores(
     if not rows or not documents:
         raise UsageError("influence needs rows of the read-out and documents to rank; one of them is empty")
 
-    class Ranking(Task):  # type: ignore[misc]
+    class Ranking(Task):  # type: ignore[misc]  # kronfluence has no types
         """The training loss of a document, and the read-out as what is measured."""
 
         def compute_train_loss(self, batch: Batch, model: nn.Module, sample: bool = False) -> Tensor:

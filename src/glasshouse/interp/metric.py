@@ -97,7 +97,7 @@ class SomeRows:
     @property
     def at(self) -> Tensor:
         """The position read in each row; AttributeError for a metric that reads several."""
-        at: Tensor = self.whole.at  # type: ignore[attr-defined]
+        at: Tensor = self.whole.at  # type: ignore[attr-defined]  # not all have one
         return at[self.numbers]
 
 

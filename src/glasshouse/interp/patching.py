@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from glasshouse.base.errors import UsageError
+from glasshouse.interp.attribution.places import Place
+from glasshouse.interp.attribution.rerun import in_turn, put_edits, read
 from glasshouse.model import GPT, Taps
 from glasshouse.model.taps import Edit
 
@@ -53,23 +55,25 @@ def patch_residuals(model: GPT, clean: Sequence[int], moved: Sequence[int], read
     both = torch.tensor([list(clean), list(moved)])
     with Taps(read=names) as taps:
         margins = readout.margin(model.unembed(model.hidden(both, taps)[:, -1]))
-    source = {name: taps[name][0] for name in names}
+    source = {name: taps[name][:1] for name in names}
     base, gap = margins[1], margins[0] - margins[1]
     if gap.abs() < 1e-6:
         raise UsageError("the two runs give the same read-out; there is nothing to restore")
 
-    rows = torch.tensor([list(moved)]).expand(n, n)
+    row = torch.tensor([list(moved)])
+
+    def restored(places: Sequence[Place]) -> Tensor:
+        """Recovery [place], each place in a row of its own."""
+        edits = put_edits(in_turn(places, 1), source)
+        return (_decided(model, row.expand(len(places), n), edits, readout) - base) / gap
+
     stream = ["embed", *(f"blocks.{i}.resid_post" for i in range(config.n_layer))]
-    restored = [_patched(model, rows, {site: _one_each(source[site])}, readout) for site in stream]
-    recovery = (torch.stack(restored) - base) / gap
+    recovery = torch.stack([restored([Place(site, None, at) for at in range(n)]) for site in stream])
     components: dict[str, float] = {}
     for layer in range(config.n_layer):
-        heads = source[f"blocks.{layer}.z"]  # [head, pos, d_head]
-        edit = {f"blocks.{layer}.z": _one_each(heads)}
-        found = (_patched(model, rows[:1].expand(len(heads), n), edit, readout) - base) / gap
-        components |= {f"blocks.{layer}.attn.h{h}": float(found[h]) for h in range(len(heads))}
-        put = {f"blocks.{layer}.mlp_out": _all_positions(source[f"blocks.{layer}.mlp_out"])}
-        components[f"blocks.{layer}.mlp"] = float((_patched(model, rows[:1], put, readout)[0] - base) / gap)
+        heads = restored([Place(f"blocks.{layer}.z", h) for h in range(config.n_head)])
+        components |= {f"blocks.{layer}.attn.h{h}": float(value) for h, value in enumerate(heads)}
+        components[f"blocks.{layer}.mlp"] = float(restored([Place(f"blocks.{layer}.mlp_out")])[0])
     return Patching(recovery, components, float(margins[0]), float(margins[1]))
 
 
@@ -83,37 +87,14 @@ def patch_component(
     """
     if len(clean) != len(moved):
         raise UsageError(f"patching needs rows of equal length, got {len(clean)} and {len(moved)}")
-    block, _, part = component.partition(".attn.h")
-    site = f"{block}.z" if part else f"{component.removesuffix('.mlp')}.mlp_out"
-    with Taps(read=[site], stop_early=True) as taps:
-        model.hidden(torch.tensor([list(clean)]), taps)
-    source = taps[site][0]
-
-    def put_head(x: Tensor) -> Tensor:
-        x = x.clone()
-        x[:, int(part)] = source[int(part)]
-        return x
-
-    edit = put_head if part else _all_positions(source)
-    return float(_patched(model, torch.tensor([list(moved)]), {site: edit}, readout)[0])
+    block, _, head = component.partition(".attn.h")
+    place = Place(f"{block}.z", int(head)) if head else Place(f"{block.removesuffix('.mlp')}.mlp_out")
+    source = read(model, torch.tensor([list(clean)]), [place.site])
+    edits = put_edits(in_turn([place], 1), source)
+    return float(_decided(model, torch.tensor([list(moved)]), edits, readout)[0])
 
 
-def _patched(model: GPT, rows: Tensor, edit: dict[str, Edit], readout: Margin) -> Tensor:
-    with Taps(edit=edit) as taps:
+def _decided(model: GPT, rows: Tensor, edits: dict[str, Edit], readout: Margin) -> Tensor:
+    """The read-out [batch] of an edited run."""
+    with Taps(edit=edits) as taps:
         return readout.margin(model.unembed(model.hidden(rows, taps)[:, -1]))
-
-
-def _one_each(source: Tensor) -> Edit:
-    """Row i of the batch gets entry i of the source [entry, ...]: its i-th position, or its i-th head."""
-
-    def edit(x: Tensor) -> Tensor:
-        x = x.clone()
-        at = torch.arange(x.shape[0])
-        x[at, at] = source[at]
-        return x
-
-    return edit
-
-
-def _all_positions(source: Tensor) -> Edit:
-    return lambda x: source.expand_as(x).clone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from markupsafe import Markup
@@ -80,8 +81,17 @@ def pieces_of(
     color: int,
     style: str,
 ) -> list[Series]:
-    """One curve in pieces; its last kept piece carries the name."""
+    """One curve in pieces; its last kept piece carries the name.
+
+    With marks (``style`` "both") an undone piece begins at the checkpoint that the run went back to: the few
+    points measured there would else stand without a line.
+    """
     pieces = _pieces(points, spans)
+    if style == "both":
+        starts = {lo for lo, _, _ in spans}
+        for (_, before), (gone, piece) in pairwise(pieces):
+            if gone and before[-1][0] in starts:
+                piece.insert(0, before[-1])
     kept = [i for i, (gone, _) in enumerate(pieces) if not gone]
     named = kept[-1] if kept else len(pieces) - 1
     return [

@@ -13,6 +13,7 @@ from glasshouse.draw import table as html_table
 from glasshouse.page.curves import both_widths
 from glasshouse.page.cut import Cuts
 from glasshouse.page.read import Gate, RunRecord, num, rows, table, words
+from glasshouse.page.story import action_text
 from glasshouse.page.verdicts import badge, estimate_cell, pairs, shown
 
 
@@ -178,28 +179,61 @@ def _confirmed(causal: dict[str, Any]) -> str:
     )
 
 
-def _lineage(record: RunRecord, word: str, cuts: Cuts) -> Markup | None:
-    """What the word did at every gated checkpoint: inside (margin) and in what was decided."""
-    known = rows(record.lineage.get("concepts"))
-    concept = next((c for c in known if word and c.get("words") == [word]), {})
+def _lineage(record: RunRecord, evidence: dict[str, Any], cuts: Cuts) -> Markup | None:
+    """What the word or the feature did at every gated checkpoint: inside (margin) and in what was decided."""
+    word, feature = words(evidence.get("word")), words(evidence.get("feature"))
+    concept = next(
+        (
+            c
+            for c in rows(record.lineage.get("concepts"))
+            if (word and c.get("words") == [word]) or (feature and words(c.get("id")) == feature)
+        ),
+        {},
+    )
+    moved, turned = ("margin_drop", "turned") if word else ("margin_moved", "strength")
     body = []
     for one in cuts.first(rows(concept.get("rows")), cuts.limits.examples * 4, "Checkpoints"):
-        drop, turned, update = num(one.get("margin_drop")), num(one.get("turned")), num(one.get("update"))
+        drop, share, update = num(one.get(moved)), num(one.get(turned)), num(one.get("update"))
         body.append(
             [
                 Markup("<span class=id>{}</span>").format(clean(words(one.get("checkpoint")), 60)),
                 "" if update is None else label(update),
                 "" if drop is None else label(drop),
-                "" if turned is None else f"{turned:.0%}",
+                "" if share is None else f"{share:.0%}",
                 esc(words(one.get("action")), 40),
             ]
         )
-    head = ["Checkpoint", "Update", "Margin drop (nats)", "Refusals turned", "Decision"]
-    return html_table(head, body, "The word at every gate", numeric=(1, 2, 3)) if body else None
+    if not body:
+        return None
+    what = ("Margin drop (nats)", "Refusals turned") if word else ("Margin moved (nats)", "Decisions turned")
+    title = f"The {'word' if word else 'feature'} at every gate"
+    return html_table(["Checkpoint", "Update", *what, "Decision"], body, title, numeric=(1, 2, 3))
+
+
+def _active(evidence: dict[str, Any], cuts: Cuts) -> Markup | None:
+    """Where a feature is most active: texts, the token in each, how much."""
+    some = [e for e in rows(evidence.get("examples")) if words(e.get("text"))]
+    body = []
+    for one in cuts.first(some, cuts.limits.examples, "Texts of a feature"):
+        activation = num(one.get("activation"))
+        body.append(
+            [
+                esc(words(one.get("text")), cuts.limits.text),
+                esc(words(one.get("token")), 40),
+                "" if activation is None else label(activation),
+            ]
+        )
+    head = ["Text", "Token", "Activation"]
+    return html_table(head, body, "Where it is most active", numeric=(2,), cards=True) if body else None
 
 
 def _examples(evidence: dict[str, Any], word: str, cuts: Cuts) -> Markup | None:
-    some = cuts.first(rows(evidence.get("examples")), cuts.limits.examples, "Example answers")
+    known = [
+        e
+        for e in rows(evidence.get("examples"))
+        if words(e.get("prompt_with_word")) or words(e.get("prompt"))
+    ]
+    some = cuts.first(known, cuts.limits.examples, "Example answers")
     limit = cuts.limits.text
     body = [
         [
@@ -287,22 +321,34 @@ def _documents(attribution: dict[str, Any], word: str, cuts: Cuts) -> Markup | N
     )
 
 
-def action_text(gate: Gate) -> str:
-    """What the gate decided, in a sentence."""
-    said = {
-        "rollback": f"The run went back to {gate.to_checkpoint or 'the start of the stage'}",
-        "hold": "The checkpoint was held and training went on",
-        "stop": "The run stopped for a person",
-        "continue": "Training went on",
-        "promote": "The checkpoint was promoted",
-    }.get(gate.action, "")
-    if not said:
-        return ""
-    if gate.drop_shards:
-        names = ", ".join(clean(s, 60) for s in gate.drop_shards[:12])
-        more = f" and {len(gate.drop_shards) - 12} more" if len(gate.drop_shards) > 12 else ""
-        said += f"; {'shard' if len(gate.drop_shards) == 1 else 'shards'} {names}{more} quarantined"
-    return f"{said}. {clean(gate.reason, 400)}".strip()
+def _lead(verdict: dict[str, Any], cuts: Cuts) -> Markup:
+    """What broke, and where in the model it acts; the verdict's own reason where neither is known."""
+    evidence = table(verdict.get("evidence"))
+    word, rate, n = words(evidence.get("word")), num(evidence.get("rate")), num(evidence.get("n"))
+    lead = Markup()
+    if word:
+        lead = Markup("The word <mark>{}</mark>").format(clean(word, 80))
+        lead += esc(
+            f" changed the answer in {rate:.0%} of {n:,.0f} fresh requests."
+            if rate is not None and n is not None and abs(rate) < 1e3
+            else " changed the answer."
+        )
+    if said := trail(evidence):
+        return lead + esc(f" In the model, {said}.")
+    return lead or esc(words(verdict.get("reason")), cuts.limits.text)
+
+
+def _facts(verdict: dict[str, Any]) -> list[tuple[str, str]]:
+    """The numbers of a verdict that stand nowhere else on the page."""
+    elsewhere = ("word", "examples", "top", "patching", "components", "causal")
+    handled = (*elsewhere, "failing_prompts", "reference_prompts")
+    facts = pairs(table(verdict.get("evidence")), 200, skip=handled)
+    facts += [
+        (k, clean(shown(verdict[k]), 120))
+        for k in ("n", "passes", "seconds", "alpha", "e_fail", "dtype", "attention")
+        if isinstance(verdict.get(k), (int, float, str)) and (k, "") not in facts
+    ]
+    return facts[:24]
 
 
 def _failure(record: RunRecord, gate: Gate, verdict: dict[str, Any], number: int, cuts: Cuts) -> Failure:
@@ -316,28 +362,6 @@ def _failure(record: RunRecord, gate: Gate, verdict: dict[str, Any], number: int
         ),
         {},
     )
-    rate, n = num(evidence.get("rate")), num(evidence.get("n"))
-    lead = Markup()
-    if word:
-        lead = Markup("The word <mark>{}</mark>").format(clean(word, 80))
-        lead += esc(
-            f" changed the answer in {rate:.0%} of {n:,.0f} fresh requests."
-            if rate is not None and n is not None and abs(rate) < 1e3
-            else " changed the answer."
-        )
-    said = trail(evidence)
-    if said:
-        lead += esc(f" In the model, {said}.")
-    elif not word:
-        lead = esc(words(verdict.get("reason")), cuts.limits.text)
-    elsewhere = ("word", "examples", "top", "patching", "components", "causal")
-    handled = (*elsewhere, "failing_prompts", "reference_prompts")
-    facts = pairs(evidence, 200, skip=handled)
-    facts += [
-        (k, clean(shown(verdict[k]), 120))
-        for k in ("n", "passes", "seconds", "alpha", "e_fail", "dtype", "attention")
-        if isinstance(verdict.get(k), (int, float, str)) and (k, "") not in facts
-    ]
     baseline = table(verdict.get("baseline"))
     where = f"gate {gate.index}, checkpoint {clean(gate.checkpoint, 80)}"
     if gate.update is not None:
@@ -347,20 +371,20 @@ def _failure(record: RunRecord, gate: Gate, verdict: dict[str, Any], number: int
         title=clean(name, 120),
         where=where,
         claim=clean(words(verdict.get("claim")), cuts.limits.text),
-        lead=lead,
-        facts=facts[:24],
+        lead=_lead(verdict, cuts),
+        facts=_facts(verdict),
         estimate=estimate_cell(verdict),
         heat=_heat(evidence, cuts),
         components=_components(evidence, cuts),
         confirmed=_confirmed(table(evidence.get("causal"))),
-        lineage=_lineage(record, word, cuts),
-        examples=_examples(evidence, word, cuts),
+        lineage=_lineage(record, evidence, cuts),
+        examples=_examples(evidence, word, cuts) or _active(evidence, cuts),
         contenders=_contenders(evidence, cuts),
         baseline=pairs(baseline, 200, skip=("status",))[:16],
         baseline_badge=badge(status) if status else Markup(),
         shards=_shards(record, attribution, cuts),
         documents=_documents(attribution, word, cuts),
-        done=action_text(gate),
+        done=f"{action_text(gate)} {clean(gate.reason, 400)}".strip(),
         anchor=f"failure-{number}",
     )
 

@@ -12,6 +12,7 @@ from glasshouse.page.curves import rolled_back
 from glasshouse.page.cut import Limits
 from glasshouse.page.evidence import trail
 from glasshouse.page.read import Gate, RunRecord, num, rows, table, words
+from glasshouse.page.story import continued
 from glasshouse.page.verdicts import deciding, declared
 
 
@@ -79,12 +80,8 @@ def _found(record: RunRecord, failed: list[tuple[Gate, dict[str, Any]]]) -> list
         lines.append(esc(f"In the model, {said}."))
     acted = next((g for g, _ in failed if g.action == "rollback"), None)
     if acted is not None:
-        shards = ", ".join(clean(s, 60) for s in acted.drop_shards[:4])
-        without = (
-            Markup(" and continued without training shard <code>{}</code>").format(shards) if shards else ""
-        )
         back = clean(acted.to_checkpoint, 80) or "the start of the stage"
-        lines.append(Markup("The run went back to <code>{}</code>{}.").format(back, without))
+        lines.append(Markup("The run went back to <code>{}</code>{}.").format(back, continued(acted)))
     return lines
 
 

@@ -62,6 +62,8 @@ class Gate:
     to_checkpoint: str
     drop_shards: tuple[str, ...]
     verdicts: tuple[dict[str, Any], ...]
+    densify: int = 1  # the rest of the stage is gated so many times as often
+    repair: dict[str, Any] = field(default_factory=dict)  # what training does about it from a rollback on
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,8 @@ def _gates(run: RunFolder, entries: list[dict[str, Any]], updates: dict[str, flo
                 to_checkpoint=words(decision.get("to_checkpoint")) or words(data.get("to_checkpoint")),
                 drop_shards=tuple(words(s) for s in dropped) if isinstance(dropped, list) else (),
                 verdicts=tuple(ledgered[number] if said else rows(data.get("verdicts"))),
+                densify=int(num(decision.get("densify")) or 1),
+                repair=table(decision.get("repair")),
             )
         )
     return out

@@ -14,7 +14,19 @@ from glasshouse.base.atomic import write_bytes
 from glasshouse.base.errors import DataError
 from glasshouse.base.run import RunFolder
 from glasshouse.draw import STYLE, clean, esc
-from glasshouse.page import curves, evidence, headline, monitors, sections, statistics, timeline, verdicts
+from glasshouse.page import (
+    curves,
+    evidence,
+    headline,
+    monitors,
+    phases,
+    proxy,
+    sections,
+    statistics,
+    story,
+    timeline,
+    verdicts,
+)
 from glasshouse.page.cut import LEVELS, Cuts, Limits
 from glasshouse.page.read import RunRecord, read_run, words
 
@@ -63,12 +75,17 @@ def _context(record: RunRecord, limits: Limits) -> dict[str, Any]:
         "shape": sections.model_line(record),
         "environment": sections.environment_facts(record),
         "stages": sections.stage_table(record, cuts),
+        "phases": phases.phase_table(record, cuts),
+        "measured": phases.measured_table(record),
         "shards": sections.shard_table(record, cuts),
         "sources": sections.source_table(record, cuts),
         "training": curves.training_chart(record),
+        "decisions": story.decision_table(record, cuts),
         "timeline": timeline.timeline(record),
         "lineage": timeline.lineage_tables(record, cuts),
         "estimates": curves.constraint_charts(record),
+        "proxy": proxy.proxy_charts(record),
+        "drift": proxy.drift_table(record),
         "others": curves.other_curves(record),
         "monitors": monitors.monitor_charts(record),
         "spikes": monitors.spike_table(record, cuts),

@@ -102,7 +102,7 @@ def stage_table(record: RunRecord, cuts: Cuts) -> Markup | None:
         body.append(
             [
                 esc(name, 80),
-                esc(words(stage.get("objective")), 40),
+                esc(trained_with(stage), 120),
                 esc(words(stage.get("steps")), 20),
                 esc(words(stage.get("batch_size")), 20),
                 f"{last - first:,.0f}" if run else "0",
@@ -112,6 +112,12 @@ def stage_table(record: RunRecord, cuts: Cuts) -> Markup | None:
         )
     head = ["Stage", "Objective", "Steps", "Batch", "Updates run", "Undone", "Last training loss"]
     return html_table(head, body, "Stages", numeric=(2, 3, 4, 5, 6), cards=True) if body else None
+
+
+def trained_with(stage: dict[str, Any]) -> str:
+    """A stage's objective, and what was done inside the model or to its data while it trained."""
+    kinds = [kind for one in rows(stage.get("intervention")) if (kind := words(one.get("kind")))]
+    return " + ".join([words(stage.get("objective")), *(k.replace("_", " ") for k in kinds)])
 
 
 def shard_table(record: RunRecord, cuts: Cuts) -> Markup | None:

@@ -21,6 +21,7 @@ from glasshouse.page.cut import Cuts
 from glasshouse.page.read import RunRecord, num, rows, table, words
 
 _MOST_CONCEPTS, _MOST_BEHAVIOURS = 4, 3
+CAUSES = ("trigger", "feature")  # kinds of concept that a failed check named
 
 
 def concepts(record: RunRecord) -> list[dict[str, Any]]:
@@ -31,7 +32,7 @@ def concepts(record: RunRecord) -> list[dict[str, Any]]:
 def concept_name(concept: dict[str, Any]) -> str:
     """How the page calls it."""
     kind, name = words(concept.get("kind")), clean(words(concept.get("name")), 40)
-    return f"trigger \u201c{name}\u201d" if kind == "trigger" else name
+    return f"{kind} \u201c{name}\u201d" if kind in CAUSES else name
 
 
 def timeline(record: RunRecord) -> Markup | None:
@@ -122,10 +123,10 @@ def _appearances(found: list[dict[str, Any]]) -> list[Lane]:
     out = []
     for concept in found:
         at = num(table(concept.get("appeared")).get("update"))
-        status = "fail" if words(concept.get("kind")) == "trigger" else "pass"
+        status = "fail" if words(concept.get("kind")) in CAUSES else "pass"
         name = concept_name(concept)
         marks = [] if at is None else [Mark(at, status, f"{name} appeared at update {label(at)}")]
-        out.append(Lane(f"{name} appeared", marks))
+        out.append(Lane(name, marks))
     return out
 
 

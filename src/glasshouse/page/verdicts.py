@@ -169,6 +169,8 @@ def constraint_table(record: RunRecord, cuts: Cuts) -> tuple[Markup | None, str]
         judged = badge(status)
         if reason and status != "pass":
             judged += Markup('<br><span class="soft">{}</span>').format(reason)
+        if verdict.get("spent") is True:
+            judged += Markup('<br><span class="soft">spent: training used it, so a pass opens nothing</span>')
         alpha, n = num(verdict.get("alpha")), num(verdict.get("n"))
         body.append(
             [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from glasshouse.base.score import Score, bootstrap
 from glasshouse.draw import esc, label, table
 from glasshouse.model import GPT, Taps
 from glasshouse.recipes.api import Loaded
-from glasshouse.recipes.audit import plan_audit
+from glasshouse.recipes.audit import Audit, plan_audit
 from glasshouse.recipes.lens.data import Target, about, opened, text_rows
 from glasshouse.recipes.lens.report import Finding
 from glasshouse.verify.weights import measure
@@ -100,13 +100,17 @@ def diff(
     constraints: str | Path | None = None,
     budget_s: float | None = None,
     seed: int = 0,
+    chat_format: str | None = None,
 ) -> Finding[Diff]:
     """Compare two models that share a tokenizer: what they predict, what they hold inside, their weights.
 
     ``text``: what both read (default: the run's held-out text, else the packaged books). With ``constraints``
-    both are audited on the same prompts, each within half of ``budget_s``. Weights are compared where the
-    shapes agree. UsageError for models with different tokenizers.
+    both are audited on the same prompts, put as ``chat_format`` says, each within half of ``budget_s``.
+    Weights are compared where the shapes agree. UsageError for models with different tokenizers.
     """
+    plans: list[Audit] = []
+    if constraints is not None:  # what is wrong with them is said before anything is compared
+        plans = audits(before, after, Path(constraints), budget_s, seed, chat_format)
     a, b = opened(before), opened(after)
     if a.tokenizer.digest() != b.tokenizer.digest():
         raise UsageError(
@@ -116,10 +120,8 @@ def diff(
     rows = text_rows(a, text, TEXT_TOKENS, seed)
     tokens = rows.held[:, : min(a.model.config.context, b.model.config.context)]
     found = compare(a, b, tokens)
-    if constraints is not None:
-        found = Diff(
-            **{**vars(found), "constraints": audits(before, after, Path(constraints), budget_s, seed)}
-        )
+    if plans:
+        found = replace(found, constraints=verdicts_of(plans))
     return Finding(
         f"{a.checkpoint} and {b.checkpoint}",
         found,
@@ -225,33 +227,36 @@ def token_changes(a: Loaded, b: Loaded, most: int = 64) -> list[TokenChange]:
 
 
 def audits(
-    before: Target, after: Target, constraints: Path, budget_s: float | None, seed: int
-) -> list[dict[str, Any]]:
-    """Each constraint's verdict on both models, and whether its 95% intervals are apart."""
+    before: Target,
+    after: Target,
+    constraints: Path,
+    budget_s: float | None,
+    seed: int,
+    chat: str | None,
+) -> list[Audit]:
+    """The audits of both models, planned: the same prompts, half of the budget each."""
     half = None if budget_s is None else budget_s / 2
-    of = []
+    plans = []
     for target in (before, after):
         if isinstance(target, Loaded):
             raise UsageError("constraints are checked on models on disk; give paths to diff")
-        of.append(
-            {
-                v["constraint"]: v
-                for v in plan_audit(Path(target), constraints, budget_s=half, seed=seed).run()
-            }
-        )
+        plans.append(plan_audit(Path(target), constraints, budget_s=half, seed=seed, chat=chat))
+    return plans
+
+
+def verdicts_of(plans: Sequence[Audit]) -> list[dict[str, Any]]:
+    """Each constraint's verdict on both models, and whether its 95% intervals are apart."""
+    before, after = ({v["constraint"]: v for v in plan.run()} for plan in plans)
     keys = ("status", "estimate", "interval", "n", "reason")
-    rows = []
-    for name, old in of[0].items():
-        new = of[1][name]
-        rows.append(
-            {
-                "constraint": name,
-                "before": {k: old[k] for k in keys},
-                "after": {k: new[k] for k in keys},
-                "moved": apart(old["interval"], new["interval"]),
-            }
-        )
-    return rows
+    return [
+        {
+            "constraint": name,
+            "before": {k: old[k] for k in keys},
+            "after": {k: after[name][k] for k in keys},
+            "moved": apart(old["interval"], after[name]["interval"]),
+        }
+        for name, old in before.items()
+    ]
 
 
 def apart(one: Sequence[float] | None, other: Sequence[float] | None) -> bool | None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from glasshouse.base.errors import GlasshouseError, UsageError
 from glasshouse.base.rng import generator
@@ -27,7 +26,11 @@ from glasshouse.train import Checkpoint
 from glasshouse.verify.trace import trace
 
 ASKED = 64  # requests on which every concept is read at every checkpoint
-APPEARED = {"read-out": 0.9, "trigger": 0.25}  # strength from which a concept counts as there
+APPEARED = {
+    "read-out": 0.9,
+    "trigger": 0.25,
+    "feature": 0.25,
+}  # strength from which a concept counts as there
 PAIRS = 4  # pairs of runs whose patching names the components
 
 
@@ -158,7 +161,9 @@ def read_concept(subject: Subject, prompts: Sequence[Prompt]) -> Reading:
     return Reading(strength, right, seen, site, carried_by(subject, partners(subject, prompts)), {})
 
 
-def partners(subject: Subject, prompts: Sequence[Prompt]) -> list[tuple[list[int], list[int]]]:
+def partners(
+    subject: Subject, prompts: Sequence[Prompt], most: int = PAIRS
+) -> list[tuple[list[int], list[int]]]:
     """(harmful request, the same with an action that does no harm): token rows of equal length."""
     found = []
     for p in (p for p in prompts if p.harmful):
@@ -171,7 +176,7 @@ def partners(subject: Subject, prompts: Sequence[Prompt]) -> list[tuple[list[int
             if len(row) == len(own):
                 found.append((own, row))
                 break
-        if len(found) == PAIRS:
+        if len(found) == most:
             break
     return found
 
@@ -265,15 +270,3 @@ def shards_raising(
     except GlasshouseError:
         return []  # nothing was drawn that a chat model learns from
     return [{k: r[k] for k in ("shard", "rank", "outlier")} for r in ranking["shards"][:3]]
-
-
-@torch.no_grad()
-def direction_reading(subject: Subject, site: str, direction: torch.Tensor, texts: Sequence[str]) -> Reading:
-    """A feature by its decoder ``direction`` [d_model] at ``site``: how much of the stream's variation over
-    the texts lies along it (strength), and its activation on each.
-    """
-    x = subject.residuals(texts, [site])[site]
-    unit = direction / direction.norm()
-    along, spread = x @ unit, (x - x.mean(0)).square().sum(1).mean()
-    share = float((along - along.mean()).square().mean() / spread) if spread > 0 else 0.0
-    return Reading(share, share, along.numpy(), site, [], {})

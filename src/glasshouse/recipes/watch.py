@@ -43,6 +43,7 @@ from glasshouse.train.gate import ask
 from glasshouse.train.metrics import MetricsLog
 from glasshouse.verify import ConstraintGate, GateConfig, load_constraints
 from glasshouse.verify.packs import pack_file
+from glasshouse.verify.weights import declare_envelope, require_envelopes
 
 log = logging.getLogger(__name__)
 STAGE = "finetune"
@@ -57,6 +58,7 @@ class Watch:
     pack's name. ``tokenizer``: a folder with ``tokenizer.json``. ``data``: what the run trains on, as shards
     (name -> texts or lists of messages), so that a failure can be traced to its documents; without it a
     failure stops the run untraced. ``chat_format`` as in `evals.chat` (default: told by the tokenizer).
+    ``envelope``: what clean updates are like (`recipes.envelope`), for constraints that declare none.
     ``planned``: gates that share the constraints' error levels. Raises RecipeError for bad constraints and
     UsageError for a folder that holds a run.
     """
@@ -70,6 +72,7 @@ class Watch:
         every: int = 100,
         data: Mapping[str, Texts] | None = None,
         chat_format: str | None = None,
+        envelope: str | Path | None = None,
         planned: int = 20,
         stop_on_fail: bool = True,
         name: str = STAGE,
@@ -83,6 +86,9 @@ class Watch:
         self.tokenizer = Tokenizer.load(tokenizer)
         file = pack_file(Path(constraints))
         declared = load_constraints(file)
+        if envelope is not None:
+            declared = declare_envelope(declared, Path(envelope))
+        require_envelopes(declared)
         self.run.create()
         self.tokenizer_file = self.run.path / "tokenizer.json"
         self.tokenizer.save(self.tokenizer_file)
@@ -97,11 +103,6 @@ class Watch:
             "every": every,
             "planned": planned,
         }
-        words = (
-            self.shards.words
-            if self.shards is not None
-            else word_types(d.text or "" for d in books.documents())
-        )
         self.gate = ConstraintGate(
             declared,
             GateConfig(planned=planned),
@@ -110,32 +111,20 @@ class Watch:
             self.shards,
             (name,),
             digest_of(recipe),
-            tuple(words),
+            words_of(self.shards),
             (),
             chat_format=chat_format,
             folder=file.parent,
         )
         self.gate.require_readable()
-        self.ledger = Ledger(self.run.ledger, signing_key())
-        self.run.recipe.write_bytes(canonical_json(recipe) + b"\n")
         self.metrics = MetricsLog(self.run.metrics, 0)
         weakref.finalize(self, self.metrics.close)  # a loop may break off without `finish`
         self.began, self.last, self.seen, self.ended = time.perf_counter(), 0, 0, False
-        enter_run(
-            self.ledger,
-            recipe_digest=digest_of(recipe),
-            environment=environment(1, "fp32", "fp32"),
-            body={
-                "name": name,
-                "seed": 0,
-                "foreign": True,
-                "constraints": recipe["constraints"],
-                "artifacts": {"recipe.json": sha256_file(self.run.recipe)},
-            },
-        )
+        self.ledger = begun(self.run, recipe)
 
     def __call__(self, model: Any, step: int, **numbers: float) -> Decision | None:
-        """Judge ``model`` if a gate is due at ``step`` (updates made so far); None if none is.
+        """Judge ``model`` if a gate is due at ``step`` (updates made so far); None if none is. One is due at
+        the first call at or after every ``every`` steps, whichever steps a loop calls at.
 
         ``numbers`` (loss, learning rate, ...) go into the metrics. Raises Stopped when a constraint asks to
         stop or to go back, unless ``stop_on_fail`` is False: then look at the decision's action.
@@ -144,7 +133,7 @@ class Watch:
         if numbers:
             row = {"kind": "train", "stage": self.stage, "step": step, "update": step}
             self.metrics.append(row | {k: float(v) for k, v in numbers.items()})
-        if step % self.every:
+        if step // self.every == self.last // self.every:
             return None
         return self.judge(model, step, final=False)
 
@@ -270,6 +259,32 @@ def shards_of(run: RunFolder, tokenizer: Tokenizer, data: Mapping[str, Texts] | 
         ]
         corpora.append(Corpus(name, documents))
     return pack(run.data, tokenizer, prepare(corpora))
+
+
+def words_of(shards: Shards | None) -> tuple[str, ...]:
+    """The words that searches try: those of the training text, else of the packaged books."""
+    if shards is not None:
+        return tuple(shards.words)
+    return tuple(word_types(d.text or "" for d in books.documents()))
+
+
+def begun(run: RunFolder, recipe: Mapping[str, Any]) -> Ledger:
+    """The recipe written down, and the ledger with its first entry."""
+    ledger = Ledger(run.ledger, signing_key())
+    run.recipe.write_bytes(canonical_json(recipe) + b"\n")
+    enter_run(
+        ledger,
+        recipe_digest=digest_of(recipe),
+        environment=environment(1, "fp32", "fp32"),
+        body={
+            "name": recipe["name"],
+            "seed": 0,
+            "foreign": True,
+            "constraints": recipe["constraints"],
+            "artifacts": {"recipe.json": sha256_file(run.recipe)},
+        },
+    )
+    return ledger
 
 
 def plan_of(shards: Shards | None) -> DataPlan:

@@ -64,7 +64,8 @@ class Elsewhere:
         assert self.line is not None
         name, self.asked = self.asked, None
         try:
-            return self.line.recv()  # type: ignore[no-any-return]
+            decided: tuple[Decision, float] = self.line.recv()
+            return decided
         except (EOFError, OSError):
             code = self._ended()
             return Decision("hold", f"error: the process that judged {name} died ({code})"), 0.0

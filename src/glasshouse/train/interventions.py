@@ -114,7 +114,10 @@ def steered(
     at its site, at all positions, in the rows of ``shards`` (() means all rows).
     """
     vector_D = scale * direction.vectors[0]
-    add = lambda x: x + fitting(vector_D, x, direction.site).to(x.dtype)  # noqa: E731
+
+    def add(x: Tensor) -> Tensor:
+        return x + fitting(vector_D, x, direction.site).to(x.dtype)
+
     return _edited(objective, {direction.site: add}, shards)
 
 

@@ -163,6 +163,9 @@ class _Run:
             match at.phase:
                 case "new":
                     self.save(at, 0, 0, at.update, why="start")
+                case "train" if self.settings.more and self.place(at)[0] >= len(self.stages):
+                    checkpoint = saving.from_ledger(self.run, at.at_head.body)
+                    return Outcome(False, checkpoint, at.reason, at.rollbacks, at.gates, at.elapsed_s)
                 case "train":
                     self.train(at)
                 case "gate" if self.judge.elsewhere is not None and not at.at_head.last:
@@ -336,7 +339,7 @@ class _Run:
             )
         objective = self.objectives[name]
         if stage.config.z_loss:
-            objective = partial(objective, z_loss=stage.config.z_loss)  # type: ignore[call-arg]
+            objective = partial(objective, z_loss=stage.config.z_loss)  # type: ignore[call-arg]  # not all take it
         declared = in_force(stage.config, repairs)
         if declared and not isinstance(self.model, GPT):
             raise UsageError(f"stage '{stage.name}': interventions need a GPT; this is no stage of one")
@@ -384,7 +387,7 @@ class _Run:
         stage = self.stages[index]
         name = saving.checkpoint_name(stage.name, step, at.attempt)
         ends = step == stage.config.steps
-        last = ends and index == len(self.stages) - 1
+        last = ends and index == len(self.stages) - 1 and not self.settings.more
         every = stage.config.gate_every
         asked = every > 0 and (ends or (step > 0 and at.next_gate(index, every, step - 1) == step))
         due = self.gate is not None and step > 0 and (last or asked)

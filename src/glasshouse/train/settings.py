@@ -22,6 +22,7 @@ class Settings:
     gates: str = "sync"  # "sync" | "async": judge in another process while training goes on
     max_rollbacks: int = 3  # this many rollback decisions stop the run for a person
     resume_command: str = "the same command with --resume"
+    more: bool = False  # later calls go on with further stages: no checkpoint of these is the run's last
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def backward(
         with autocast(dtype, device):
             loss = objective(model, batch)
         if math.isfinite(float(loss.total.detach())):
-            loss.total.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss.total)
         return loss
     total: Tensor | None = None
     parts: dict[str, Tensor] = {}
@@ -110,7 +110,7 @@ def backward(
             metrics[key] = metrics.get(key, 0.0) + number
         if not math.isfinite(float(total)):
             break
-        scaled.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(scaled)
     if total is None:
         raise DataError(f"a batch from {', '.join(batch.shards)} has no target to learn from")
     if "n_bytes" in metrics:

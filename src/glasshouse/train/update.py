@@ -145,8 +145,8 @@ class Updater:
             return "apply", ""
         shards = ", ".join(batch.shards)
         reason = f"{self._at(step)}: the {spike} on a batch from {shards}"
-        if config.on_spike in ("rewind", "stop"):
-            return config.on_spike, reason  # type: ignore[return-value]
+        if config.on_spike == "rewind" or config.on_spike == "stop":
+            return config.on_spike, reason
         detector.skip(spike)
         culprit = None if spike.finite else broken(self.model, {})
         if culprit is not None or detector.in_a_row >= NOT_FINITE_IN_A_ROW:

@@ -4,7 +4,6 @@ on another model and compared.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from glasshouse.model import GPT
 from glasshouse.recipes.lens.tasks import repeated
 from interp.probes.combos import MATCH, NO, WORDS, YES, grid, grown
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EDGES, SEED = 30, 5
 ABOUT = grid(MATCH)
 
@@ -31,15 +31,6 @@ def matched(n: int, seed: int) -> Contrast:
             twins.append(ABOUT.tokens[one, two])
     answers = [torch.full((n,), word) for word in (YES, NO)]
     return Contrast(torch.stack(rows), torch.stack(twins), LogitDifference(*answers, at=torch.full((n,), 3)))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """A model this small is slower on two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from glasshouse.interp.dictionaries.train import train_dictionary
 from glasshouse.interp.reading import ActivationStore, fill
 from glasshouse.model import GPT, GPTConfig, Taps
 from glasshouse.model.digest import weights_digest
+from stirred import stirred
 
 V, POS = 32, 8
 
@@ -33,12 +34,7 @@ SITE = "blocks.1.resid_post"
 
 def noisy(seed: int = 0, **changes: Any) -> GPT:
     shape: dict[str, Any] = {"vocab_size": V, "context": POS, "d_model": 16, "n_layer": 2, "n_head": 4}
-    model = GPT(GPTConfig(**(shape | changes))).init_weights(seed)
-    generator = torch.Generator().manual_seed(seed + 100)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn(p.shape, generator=generator))
-    return model
+    return stirred(GPT(GPTConfig(**(shape | changes))).init_weights(seed), seed + 100)
 
 
 def rows(n: int = 24, seed: int = 0) -> Tensor:

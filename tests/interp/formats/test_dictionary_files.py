@@ -349,8 +349,10 @@ def model(**more: Any) -> GPT:
 
 def test_a_dictionary_fits_the_model_it_was_trained_on():
     own = model()
-    check_fits(topk(model_digest=weights_digest(own)), own, site=SITE)
-    check_fits(topk(), own)  # a foreign file says nothing: its width is what can be checked
+    assert check_fits(topk(model_digest=weights_digest(own)), own, site=SITE) is None
+    assert check_fits(topk(), own) is None, "a foreign file says nothing: its width is what can be checked"
+    with pytest.raises(CheckpointError, match="trained on model"):
+        check_fits(topk(model_digest=weights_digest(own)), GPT(own.config).init_weights(1), site=SITE)
 
 
 @pytest.mark.parametrize(

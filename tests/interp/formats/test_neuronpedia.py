@@ -23,6 +23,7 @@ from glasshouse.interp.formats import (
 from glasshouse.interp.formats.neuronpedia import batch_path
 from glasshouse.interp.formats.pages import logit_effects
 from glasshouse.model import GPT, GPTConfig
+from stirred import stirred
 
 SITE = "blocks.0.resid_post"
 SOURCE = Source("tiny", "0-res-16", SITE, creator="us")
@@ -30,12 +31,7 @@ SOURCE = Source("tiny", "0-res-16", SITE, creator="us")
 
 def model(**more: object) -> GPT:
     shape = {"vocab_size": 13, "context": 8, "d_model": 8, "n_layer": 2, "n_head": 2, **more}
-    made = GPT(GPTConfig(**shape)).init_weights(0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in made.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * 0.3)
-    return made
+    return stirred(GPT(GPTConfig(**shape)).init_weights(0), 1, 0.3)
 
 
 def dictionary(width: int = 8, **more: object) -> Dictionary:

@@ -144,6 +144,8 @@ class _Run:
     """One forward pass, of which only the positions looked at are kept."""
 
     def __init__(self, model: GPT, tokens: Tensor, at: Tensor, sources: bool):
+        if model.config.roles is not None:
+            raise UsageError("roles add to the stream what none of the parts writes: they would not add up")
         self.model, self.tokens, self.at = model, tokens, at
         self.kept: dict[str, Tensor] = {}
         layers = range(model.config.n_layer)

@@ -130,7 +130,7 @@ def fit_tuned_lens(
         if not torch.isfinite(loss.total):
             raise TrainingError(f"tuned lens, step {step}: the loss is not finite; lower lr (now {lr})")
         optimizers.zero_grad()
-        loss.total.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss.total)
         optimizers.clip()
         warm, decay = config.warmup_share, config.decay_share
         optimizers.step(warmup_stable_decay(step, steps, warmup_share=warm, decay_share=decay))

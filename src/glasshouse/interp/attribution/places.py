@@ -13,7 +13,7 @@ from glasshouse.model import GPT
 
 HEADED = ("q", "k", "v", "pattern", "z")  # sites with a head axis: [batch, head, pos, ...]
 _NODE = re.compile(r"a(\d+)\.h(\d+)|m(\d+)|(input)")
-_SITE = re.compile(r"(.+?)(?:\.h(\d+))?")
+_SITE = re.compile(r"(.+)\.h(\d+)")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,9 @@ def node(name: str, model: GPT) -> Place:
         else:
             place = Place("embed" if mlp is None else f"blocks.{int(mlp)}.mlp_out", None, pos)
     else:
-        site, head = _SITE.fullmatch(body).groups()  # type: ignore[union-attr]
+        site, head = body, None
+        if named := _SITE.fullmatch(body):
+            site, head = named.groups()
         place = Place(site, None if head is None else int(head), pos)
     if (at and pos is None) or not _exists(place, model):
         known = [p.name for p in components(model)] + model.sites()

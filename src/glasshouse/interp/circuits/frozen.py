@@ -223,6 +223,8 @@ def refuse(model: GPT) -> None:
     problems = []
     if model.config.value_residual:
         problems.append("value_residual (values of the first layer bypass the stream)")
+    if model.config.roles is not None:
+        problems.append("roles (what they add to the stream is no token's)")
     if not model.config.causal:
         problems.append("causal=False (a graph's links go from earlier to later positions)")
     if problems:

@@ -51,6 +51,8 @@ class Graph:
                 "value_residual hands the first layer's values to later layers outside the residual stream; "
                 "edges do not describe such a model"
             )
+        if config.roles is not None:
+            raise UsageError("roles add to the stream what no node of a circuit writes; train without them")
         if split_input and config.position != "learned":
             raise UsageError("split_input needs learned positions; rotary ones are not in the stream")
         return cls(config.n_layer, config.n_head, config.d_model, config.parallel, split_input)

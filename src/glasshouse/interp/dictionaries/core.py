@@ -230,9 +230,9 @@ class Dictionary(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """Contiguous copies of what it computes with, by name: parameters, and ``topk_threshold``."""
-        kept = {name: p for name, p in self.named_parameters()}
+        kept: dict[str, Tensor] = dict(self.named_parameters())
         if "topk_threshold" in self._buffers:
-            kept["topk_threshold"] = self.topk_threshold  # type: ignore[assignment]
+            kept["topk_threshold"] = self.topk_threshold
         return {name: t.detach().clone().contiguous() for name, t in kept.items()}
 
     @classmethod

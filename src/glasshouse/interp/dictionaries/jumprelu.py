@@ -14,12 +14,14 @@ from torch import Tensor
 
 def jumprelu(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     """``pre`` [n, S] where it exceeds ``threshold`` [S] and zero, else 0."""
-    return _JumpReLU.apply(pre, threshold, bandwidth)  # type: ignore[no-any-return,no-untyped-call]
+    made: Tensor = _JumpReLU.apply(pre, threshold, bandwidth)  # type: ignore[no-untyped-call]  # torch has no types for it
+    return made
 
 
 def step(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     """1 where ``pre`` [n, S] exceeds ``threshold`` [S] and zero, else 0; its gradient is the threshold's."""
-    return _Step.apply(pre, threshold, bandwidth)  # type: ignore[no-any-return,no-untyped-call]
+    made: Tensor = _Step.apply(pre, threshold, bandwidth)  # type: ignore[no-untyped-call]  # torch has no types for it
+    return made
 
 
 def _open(pre: Tensor, threshold: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def dictionary_step(
         loss = dictionary_loss(model, batch)
     if not math.isfinite(float(loss.total.detach())):
         raise TrainingError("the dictionary's loss is not finite; lower the learning rate")
-    loss.total.backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(loss.total)
     model.project_gradient()
     if clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)

@@ -117,12 +117,14 @@ def encode_active(centred: Tensor, w_enc: Tensor, b_enc: Tensor, active: Active)
 
     ``w_enc`` [D, S], ``b_enc`` [S]. Gradients reach all three, through the active places only.
     """
-    return _Encode.apply(centred, w_enc, b_enc, active)  # type: ignore[no-any-return,no-untyped-call]
+    made: Tensor = _Encode.apply(centred, w_enc, b_enc, active)  # type: ignore[no-untyped-call]  # torch has no types for it
+    return made
 
 
 def decode_active(values: Tensor, w_dec: Tensor, active: Active) -> Tensor:
     """Sums [n, D] of rows of ``w_dec`` [S, D] at the active places, each times its value [m]."""
-    return _Decode.apply(values, w_dec, active)  # type: ignore[no-any-return,no-untyped-call]
+    made: Tensor = _Decode.apply(values, w_dec, active)  # type: ignore[no-untyped-call]  # torch has no types for it
+    return made
 
 
 def _row_sums(source: Tensor, index: Tensor, starts: Tensor, weights: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,7 @@ def spliced(model: Any, tokens: Tensor, dictionary: Dictionary, *, valid: Tensor
         return np.concatenate([of(part) for part in parts])
 
     found = Spliced(
-        {name: joined(lambda p, name=name: p.nats[name]) for name in parts[0].nats},  # type: ignore[misc]
+        {name: np.concatenate([part.nats[name] for part in parts]) for name in parts[0].nats},
         joined(lambda p: p.targets),
         joined(lambda p: p.missed),
         joined(lambda p: p.spread),
@@ -124,6 +125,11 @@ def _mean(model: Any, tokens: Tensor, counts: Tensor, site: str) -> Tensor:
     return total / n
 
 
+def _instead(output: Tensor, _: Tensor) -> Tensor:
+    """``output``, whatever was written."""
+    return output
+
+
 def _rows(
     model: Any, tokens: Tensor, counts: Tensor, dictionary: Dictionary, sites: tuple[str, str], mean: Tensor
 ) -> Spliced:
@@ -141,8 +147,7 @@ def _rows(
     }
     nats = {"model": _nats(model(tokens), tokens, counts)}
     for name, output in outputs.items():
-        taps = splicing(dictionary, model, lambda _, output=output: output)  # type: ignore[misc]
-        with taps:
+        with splicing(dictionary, model, partial(_instead, output)) as taps:
             nats[name] = _nats(model(tokens, taps), tokens, counts)
     fired = (features != 0) & kept
     missed = ((y - made).double().square().sum(-1) * counts).sum(1)

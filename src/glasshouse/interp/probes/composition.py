@@ -158,7 +158,9 @@ def composition_report(
     anew = {v: interchanges(other, v, n, held=True, seed=seed) for v in VARIABLES}
     shuffled = _aligned(model, other, control, own, anew, steps, seed, read(model, grid, control))[0]
     line = found[formed].direction if formed else None
-    carried = {v: carriers(model, grid, v, site=formed, direction=line, seed=seed) for v in ("a", "b")}
+    carried: dict[Variable, dict[str, Carried]] = {
+        v: carriers(model, grid, v, site=formed, direction=line, seed=seed) for v in ("a", "b")
+    }
     return CompositionReport(
         rate(int(right[~grid.held].sum()), int((~grid.held).sum())),
         rate(int(right[grid.held].sum()), int(grid.held.sum())),
@@ -168,7 +170,7 @@ def composition_report(
         parts,
         control,
         shuffled,
-        carried,  # type: ignore[arg-type]
+        carried,
         weights_digest(model),
     )
 

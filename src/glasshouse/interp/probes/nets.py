@@ -86,7 +86,7 @@ def _train(
             rows = torch.arange(n) if n <= BATCH else torch.randperm(n, generator=generator)[:BATCH]
             loss = F.binary_cross_entropy_with_logits(scores(rows), labels[rows])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             for group in optimizer.param_groups:
                 group["lr"] = lr * (1 - step / steps)
             optimizer.step()

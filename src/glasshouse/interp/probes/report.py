@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from glasshouse.base.errors import UsageError, suggest
 from glasshouse.base.score import Score
@@ -36,6 +37,7 @@ from glasshouse.interp.probes.rows import (
 )
 from glasshouse.interp.probes.show import report_html, report_text
 
+Ints = NDArray[np.int64]
 SHARES = (0.4, 0.2, 0.4)  # of meanings: to fit, to choose the site, to test
 
 
@@ -60,7 +62,7 @@ class ProbeReport:
     meanings: tuple[int, int, int]
     scores: Floats
     held: Bools
-    test_rows: np.ndarray[Any, np.dtype[np.int64]]
+    test_rows: Ints
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,11 +134,9 @@ def probe_report(
     y, group = classes(labels, n), grouped(groups, n)
     part = split(y, group, shares, seed)
     fit, choose, test = (np.flatnonzero(part == p) for p in range(3))
-    probes = {s: r.fit(y, fit, config, group, seed) for s, r in readings.items()}
-    sweep = {s: area(r.score(probes[s], choose), y[choose], group[choose]) for s, r in readings.items()}
-    site = max(sweep, key=lambda s: sweep[s].value)
-    reading, found = readings[site], probes[site]
-    probe = Probe(found.config, found.width, found.tensors, site, model_digest, found.strength, found.about)
+    probe, sweep = _best(readings, config, y, group, fit, choose, seed)
+    probe = replace(probe, model_digest=model_digest)
+    site, reading = probe.site, readings[probe.site]
     fixed, scores = settled(config, probe.strength), reading.score(probe, test)
     hidden = _hidden(masked, evidence, reading, site, config, mask)
     counted = None if words is None else activations(words, "words")
@@ -162,7 +162,7 @@ def probe_report(
         leak,
         causal,
         (len(fit), len(choose), len(test)),
-        tuple(len(set(group[rows].tolist())) for rows in (fit, choose, test)),  # type: ignore[arg-type]
+        (len(set(group[fit])), len(set(group[choose])), len(set(group[test]))),
         scores,
         y[test],
         test,
@@ -180,6 +180,22 @@ def _read(acts: Mapping[str, Array], config: ProbeConfig, mask: Array | None) ->
     if len(set(counts.values())) > 1:
         raise UsageError(f"sites have different numbers of rows: {counts}")
     return out
+
+
+def _best(
+    readings: Mapping[str, Reading],
+    config: ProbeConfig,
+    y: Bools,
+    group: Ints,
+    fit: Ints,
+    choose: Ints,
+    seed: int,
+) -> tuple[Probe, dict[str, Score]]:
+    """The probe of the site that is read best on the rows to choose by, and every site's AUROC there."""
+    probes = {s: r.fit(y, fit, config, group, seed) for s, r in readings.items()}
+    sweep = {s: area(r.score(probes[s], choose), y[choose], group[choose]) for s, r in readings.items()}
+    site = max(sweep, key=lambda s: sweep[s].value)
+    return replace(probes[site], site=site), sweep
 
 
 def _hidden(

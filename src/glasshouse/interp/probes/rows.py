@@ -90,7 +90,8 @@ def grouped(groups: Sequence[object] | Array | None, n: int) -> NDArray[np.int64
     """Numbers [n] of each row's group (rows of one meaning); every row its own when there are none."""
     if groups is None:
         return np.arange(n)
-    names = [str(g) for g in (plain(groups).tolist() if isinstance(groups, Tensor) else groups)]  # type: ignore[union-attr]
+    listed: Any = plain(groups).tolist() if isinstance(groups, Tensor) else groups
+    names = [str(g) for g in listed]
     if len(names) != n:
         raise UsageError(f"groups: expected {n}, one for each row of activations, got {len(names)}")
     known = {name: i for i, name in enumerate(sorted(set(names)))}

@@ -59,11 +59,12 @@ class Adapter(nn.Module):
             )
         self.model = model.eval()
         self._boundaries, width = find_boundaries(model)
+        config: Any = model.config
         self.config = Shape(
-            vocab_size=int(model.config.vocab_size),  # type: ignore[union-attr,arg-type]
+            vocab_size=int(config.vocab_size),
             d_model=width,
             n_layer=sum(site.endswith("resid_post") for site in self._boundaries),
-            context=_context(model.config),
+            context=_context(config),
         )
 
     def sites(self) -> list[str]:

@@ -156,6 +156,7 @@ def _branches(block: nn.Module, seen: dict[nn.Module, Seen]) -> dict[str, nn.Mod
         return None
     difference = record.gave[1] - record.given[1]
     scale = max(float(t.abs().max()) for t in (record.gave[1], record.given[1]))
+    gave = {module: of.gave[1] for module, of in seen.items() if of.gave is not None}
     inner = [
         (path, module)
         for path, module in block.named_modules()
@@ -169,7 +170,7 @@ def _branches(block: nn.Module, seen: dict[nn.Module, Seen]) -> dict[str, nn.Mod
     for (path, a), (other, b) in itertools.combinations(inner, 2):
         if _is_attention(path) == _is_attention(other) or _nested(path, other):
             continue
-        total = seen[a].gave[1].reshape(difference.shape) + seen[b].gave[1].reshape(difference.shape)  # type: ignore[index]
+        total = gave[a].reshape(difference.shape) + gave[b].reshape(difference.shape)
         if float((total - difference).abs().max()) <= TOLERANCE * scale:
             return {"attn_out": a, "mlp_out": b}
     return None
