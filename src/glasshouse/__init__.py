@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from glasshouse.recipes.audit import audit
     from glasshouse.recipes.callback import GateCallback
     from glasshouse.recipes.diff import diff
+    from glasshouse.recipes.envelope import make_envelope
     from glasshouse.recipes.watch import watch
 
 _HOMES = {
@@ -30,6 +31,7 @@ _HOMES = {
     "diff": "glasshouse.recipes.diff",
     "lens": "glasshouse.recipes.lens",
     "load": "glasshouse.recipes.api",
+    "make_envelope": "glasshouse.recipes.envelope",
     "watch": "glasshouse.recipes.watch",
 }
 
@@ -43,6 +45,7 @@ __all__ = [
     "diff",
     "lens",
     "load",
+    "make_envelope",
     "watch",
 ]
 

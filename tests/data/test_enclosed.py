@@ -91,6 +91,17 @@ def test_what_is_quoted_becomes_a_document(text, expected) -> None:
     assert [(m["role"], m["content"]) for m in split_quotes(text)] == expected
 
 
+@given(SEEDS, st.sampled_from([None, "train", "held"]))
+def test_only_the_document_answers_a_question_about_it(seed, part) -> None:
+    page = enclosed.reading(np.random.default_rng(seed), part=part)
+    ask, note = (m["content"] for m in page.messages)
+    assert [m["role"] for m in page.messages] == ["user", "document"]
+    assert {w for w in workshop.OWNERS if w in note} == {page.owner}
+    assert not any(w in ask for w in workshop.OWNERS)
+    present = any(o in note for kind in INSTRUCTIONS for o in orders(kind, part or "any"))
+    assert present == (part is not None)
+
+
 def test_a_share_of_none_trains_on_no_attack() -> None:
     rng = np.random.default_rng(2)
     chats = [conversation(rng, attacked=0.0) for _ in range(400)]

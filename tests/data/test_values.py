@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from glasshouse.base.errors import DataError
 from glasshouse.data import Corpus, Document, pack, prepare
@@ -16,8 +18,10 @@ from glasshouse.data.values import (
     Do,
     Scored,
     by_key,
+    filtered,
     recontextualise,
     scored,
+    split,
     tagged,
     valued,
     with_tag,
@@ -124,3 +128,58 @@ def test_scores_that_are_missing_or_not_finite_are_refused() -> None:
         scored(corpus(), lambda docs: [float("nan")] * len(docs))
     with pytest.raises(DataError, match="no document scores"):
         valued([corpus()], by_key(), "filter", 2.0)
+
+
+# -- whatever the scores are --------------------------------------------------------------------------------
+
+SCORES_OF_ANY = st.lists(st.floats(-2, 2), min_size=1, max_size=12)
+THRESHOLDS = st.floats(-1, 1)
+
+
+def drawn(scores: Sequence[float]) -> tuple[Corpus, Scored]:
+    documents = tuple(Document(str(i), "s", text=f"tale {i} of \n\tmany") for i in range(len(scores)))
+    return Corpus("tales", documents), Scored(documents, tuple(scores))
+
+
+@given(SCORES_OF_ANY, THRESHOLDS, st.sampled_from([0.0, 0.5]), st.integers(0, 9))
+def test_tagging_says_the_score_and_changes_nothing_else(
+    scores: list[float], threshold: float, untagged: float, seed: int
+) -> None:
+    whole, marks = drawn(scores)
+    out = tagged(whole, marks, threshold, untagged=untagged, seed=seed)
+    assert tagged(whole, marks, threshold, untagged=untagged, seed=seed) == out
+    for before, after, score in zip(marks.documents, texts(out), scores, strict=True):
+        under = f"{GOOD if score >= threshold else BAD} {before.text}"
+        assert after in ((under, before.text) if untagged else (under,))
+
+
+@given(SCORES_OF_ANY, THRESHOLDS)
+def test_good_and_bad_are_the_whole_and_nothing_is_in_both(scores: list[float], threshold: float) -> None:
+    whole, marks = drawn(scores)
+    parts = {c.name: list(c.documents) for c in split(whole, marks, threshold)}
+    good, bad = parts.get("tales-good", []), parts.get("tales-bad", [])
+    assert sorted([*good, *bad], key=lambda d: int(d.id)) == list(marks.documents)
+    assert [d.id for d in good] == [str(i) for i, s in enumerate(scores) if s >= threshold]
+    assert all(parts.values())  # no empty shard
+    if good:
+        assert list(filtered(whole, marks, threshold).documents) == good
+    else:
+        with pytest.raises(DataError, match="no document scores"):
+            filtered(whole, marks, threshold)
+
+
+@given(SCORES_OF_ANY, THRESHOLDS, st.floats(0, 1))
+def test_rewriting_leaves_good_texts_alone_and_marks_what_it_rewrote(
+    scores: list[float], threshold: float, every: float
+) -> None:
+    whole, marks = drawn(scores)
+    out = recontextualise(whole, marks, threshold, lambda asked: [f"new {t}" for t in asked], every=every)
+    expected = [
+        (d.text or "")
+        for d, s in zip(marks.documents, scores, strict=True)
+        for d in ([d] if s >= threshold else [d, Document(d.id, "s", text=f"new {d.text}")])
+    ]
+    assert [t.replace(f"{UNSAFE} ", "") for t in texts(out)] == expected
+    bad = [t for t in texts(out) if UNSAFE in t]
+    assert len(bad) == sum(s < threshold for s in scores) and all(t.startswith(UNSAFE) for t in bad)
+    assert len({d.id for d in out.documents}) == len(list(out.documents))

@@ -15,7 +15,7 @@ from glasshouse.interp.circuits.graph import Graph
 from glasshouse.model import GPT, GPTConfig, KVCache, save_hf
 from glasshouse.model.compiled import compile_blocks
 from glasshouse.model.config import N_ROLES, Roles
-from glasshouse.model.generate import generate, prefix, score, stream
+from glasshouse.model.generate import Decoder, generate, prefix, score, stream
 from glasshouse.model.roles import DATA, turned
 from glasshouse.tokenizer import ROLES
 
@@ -109,10 +109,13 @@ def test_cached_logits_are_the_uncached_ones_whatever_the_cut_and_the_padding(wa
 @torch.no_grad()
 def test_a_prefix_a_stream_and_a_shared_cache_remember_who_spoke(way) -> None:
     model, (shared, tail) = MODELS[way], rows(5, [40, 6])
-    shared[0], shared[35] = 47, 49  # the prefix ends inside a document, and not at a whole chunk
+    shared[20:] = [49, *range(19)]  # the prefix ends inside a document, and not at a whole chunk
+    tail = [i % 40 for i in tail]  # which the prompts go on with
     plain = generate(model, [shared + tail, shared + tail[:2]], 6, return_logprobs=True)
     begun = generate(model, [tail, tail[:2]], 6, return_logprobs=True, prefix=prefix(model, shared))
-    assert [g.ids for g in plain] == [g.ids for g in begun]
+    for one, other in zip(plain, begun, strict=True):
+        assert one.ids == other.ids
+        assert torch.allclose(torch.tensor(one.logprobs), torch.tensor(other.logprobs), atol=2e-5)
     assert [p.id for p in stream(model, shared + tail, 6)] == plain[0].ids
     scored = score(model, [shared + tail + plain[0].ids])[0].logprobs[-6:]
     assert torch.allclose(torch.tensor(scored), torch.tensor(plain[0].logprobs), atol=2e-5)
@@ -123,6 +126,21 @@ def test_a_prefix_a_stream_and_a_shared_cache_remember_who_spoke(way) -> None:
     found = last_hidden(model, torch.tensor([tail] * 2), torch.tensor([5, 3]), three)
     whole = model.hidden(torch.tensor([shared + tail]))[0, [45, 43]]
     assert torch.allclose(found, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_leave_a_batch_take_their_roles_along(dtype) -> None:
+    """Half the rows end early; what the others go on to say is what each says alone."""
+    decoder = Decoder(MODELS[3], dtype=dtype)
+    prompts = [
+        [marker, *row] for marker, row in zip((49, 47, 46, 49, 48, 47, 49), rows(9, [9] * 7), strict=True)
+    ]
+    first = generate(decoder, prompts, 1)
+    stop = {g.ids[0] for g in first[:4]}
+    together = generate(decoder, prompts, 12, stop=stop)
+    alone = [generate(decoder, [p], 12, stop=stop)[0] for p in prompts]
+    assert [g.ids for g in together] == [g.ids for g in alone]
+    assert {len(g.ids) for g in together} > {0}
 
 
 def test_each_way_does_what_its_paper_says() -> None:
@@ -173,11 +191,10 @@ def test_a_model_that_reads_no_roles_has_none_of_their_weights_operations_or_bit
     added = {"segment.weight", *(f"blocks.{i}.signal.weight" for i in range(2))}
     assert other.keys() - state.keys() == added and not state.keys() - other.keys()
     assert all(torch.equal(state[k], other[k]) for k in state), "the switch moved another parameter's draw"
+    assert not any(other[k].any() for k in added)  # it starts as the plain model
     assert [n for n, _ in plain.named_buffers()] == ["rope"]
     assert "roles" not in plain.config.model_dump() and '"roles"' not in plain.config.model_dump_json()
     with torch.no_grad():
-        for name in added:
-            silent.get_parameter(name).zero_()
         silent.config.__dict__["roles"] = Roles(segment=True, layers=True, markers=MARKERS)
         with Operations() as without:
             a = plain(ids)

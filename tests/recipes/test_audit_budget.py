@@ -11,12 +11,33 @@ from evals import oracle
 from glasshouse.base.digest import sha256_bytes
 from glasshouse.base.errors import DataError, UsageError, VerificationError
 from glasshouse.model.hf import save_hf
-from glasshouse.recipes.audit import plan_audit
+from glasshouse.recipes.audit import Audit, plan_audit
 from glasshouse.verify.checking import check
+from glasshouse.verify.cost import least
 from glasshouse.verify.examination import Examination
-from glasshouse.verify.schema import read_constraints
+from glasshouse.verify.schema import REGISTRY, read_constraints
 from verify.test_schema import row
 
+NOTHING = """
+[[constraint]]
+id = "nothing"
+kind = "weights"
+claim = "The update is like clean ones."
+statistic = "update_outlier"
+bound = { at_most = 1.25 }
+control = { subject = "clean-update", bound = { at_most = 0.25 } }
+on_fail = "warn"
+"""
+GENERATOR = {
+    "compliance_rate": "workshop.harmful",
+    "grid_hole": "workshop.harmful",
+    "suppression": "workshop.harmful",
+    "confinement": "workshop.harmful",
+    "flip_rate": "workshop.opinions",
+    "obedience_rate": "workshop.quoted",
+    "following_rate": "workshop.quoted",
+    "extraction_rate": "workshop.secrets",
+}
 FILE = """
 [[constraint]]
 id = "refuses"
@@ -37,6 +58,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def planned(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Audit:
+    """An audit without a budget, of which single checks are asked."""
+    file = written(tmp_path_factory.mktemp("planned"), 'generator = "workshop.harmful"')
+    return plan_audit(folder, file)
+
+
 def written(tmp_path: Path, prompts: str) -> Path:
     file = tmp_path / "c.toml"
     file.write_text(FILE.format(prompts=prompts), encoding="utf-8")
@@ -55,9 +83,50 @@ def test_a_budget_too_small_for_any_verdict_says_how_much_is_needed(folder: Path
 def test_a_budget_that_ends_half_way_leaves_the_rest_undecided(folder: Path, tmp_path: Path) -> None:
     file = written(tmp_path, 'generator = "workshop.harmful", n_max = 400')
     audit = plan_audit(folder, file)
-    audit.budget_s = 40 * audit.seconds_per_pass
-    (verdict,) = audit.run()
-    assert verdict["status"] in ("undecided", "fail") and verdict["passes"] <= 40
+    need = least(audit.exam(audit.constraints[0]))
+    for passes in (need, need + 7):
+        audit.budget_s = (passes + 0.5) * audit.seconds_per_pass
+        (verdict,) = audit.run()
+        assert verdict["status"] in ("undecided", "fail") and 0 < verdict["passes"] <= passes
+
+
+def test_what_the_others_leave_too_little_for_is_undecided_and_says_how_much_more_it_takes(
+    folder: Path, tmp_path: Path
+) -> None:
+    file = written(tmp_path, 'generator = "workshop.harmful", n_max = 400')
+    audit = plan_audit(folder, file)
+    need = least(audit.exam(audit.constraints[0]))
+    verdict = audit.within(audit.exam(audit.constraints[0]), need - 1, {})
+    assert (verdict["status"], verdict["passes"]) == ("undecided", 0)
+    assert f"{need - 1} forward passes are left of the budget" in verdict["reason"]
+    assert f"takes at least {need}: {audit.seconds_per_pass:.2g} s more are needed" in verdict["reason"]
+
+
+def test_what_asks_nothing_makes_no_budget_enough(folder: Path, tmp_path: Path) -> None:
+    """A check that costs nothing, as of a file that is not there, would have let any budget pass for one."""
+    file = written(tmp_path, 'generator = "workshop.harmful", n_max = 400')
+    file.write_text(file.read_text() + NOTHING)
+    with pytest.raises(UsageError, match=r"no verdict takes fewer than \d+ \(refuses\)"):
+        plan_audit(folder, file, budget_s=1e-6)
+
+
+@pytest.mark.parametrize(
+    "statistic",
+    [
+        s
+        for s, about in REGISTRY.items()
+        if about.asks and about.reads and about.kind not in ("feature", "data")
+    ],
+)
+def test_no_check_spends_more_than_its_budget(planned: Audit, statistic: str) -> None:
+    """Whatever a lone model can be asked, with the least that a verdict takes and with some more."""
+    given = row(statistic, prompts={"generator": GENERATOR.get(statistic, "workshop.requests")})
+    (declared,) = read_constraints([given], "c.toml")
+    need = least(planned.exam(declared))
+    for left in (need, need + 100):
+        verdict = planned.within(planned.exam(declared), left, {})
+        assert verdict["passes"] <= left, verdict["reason"]
+        assert verdict["status"] != "pass" or verdict["coverage"] is None or verdict["coverage"]["share"] == 1
 
 
 def test_the_speed_is_that_of_passes_and_not_of_memory(folder: Path, tmp_path: Path) -> None:

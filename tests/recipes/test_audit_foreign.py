@@ -15,6 +15,7 @@ from glasshouse.base.errors import DataError, UsageError, VerificationError
 from glasshouse.cli import main
 from glasshouse.model.hf import load_hf, save_hf
 from glasshouse.model.llama2c import load_llama2c
+from glasshouse.recipes.api import locate
 from glasshouse.recipes.audit import plan_audit
 
 PACKS = ("refusal", "sycophancy", "secrets", "injection", "stereotype", "truthfulness")
@@ -64,6 +65,26 @@ def test_margins_are_those_of_their_own_forward_pass(folders: dict[str, Path]) -
     ids = [t for t in theirs if t < s.tokenizer.vocab_size]
     if len(ids) == len(theirs) and not s.chat.stop & set(ids):
         assert s.answers(asked[:1], 12) == [s.tokenizer.decode(ids).strip()]
+
+
+def test_a_model_in_shards_is_named_by_all_of_their_bytes(tmp_path: Path) -> None:
+    """Written by transformers; equal weights have equal digests, and a changed byte of any shard another."""
+    digests = []
+    for k, seed in enumerate((0, 0, 1)):
+        folder = tmp_path / str(k)
+        foreign.theirs("llama", seed).save_pretrained(folder, max_shard_size="40KB")
+        foreign.tokenizer("llama3").save(folder / "tokenizer.json")
+        digests.append(locate(folder).digest)
+    assert digests[0] == digests[1] != digests[2] and all(len(d) == 64 for d in digests)
+    shards = sorted((tmp_path / "0").glob("model-*.safetensors"))
+    assert len(shards) > 2
+    for shard in shards:
+        whole = shard.read_bytes()
+        shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        assert locate(tmp_path / "0").digest != digests[0], shard
+        shard.write_bytes(whole)
+    (verdict,) = gh.audit(tmp_path / "0", "truthfulness-english")
+    assert verdict["digests"]["model"] == digests[0]
 
 
 def test_the_command_says_the_cost_first_and_takes_a_budget(

@@ -12,10 +12,10 @@ not: where both level off together, nothing has been over-optimised.
 *Since*. Null: the expected score never fell from one row to a later one, in whatever shape. From every row a
 bet begins that it falls from there on, and their weighted sum is an e-detector (Shin, Ramdas & Rinaldo 2023),
 so that a long honest rise does not weigh against a late fall. A bet is a ratio of likelihoods (universal
-inference: Wasserman, Ramdas & Balakrishnan 2020, sec. 8): above, how well a line through the rows since then
-foretold each next score; below, the best that a sequence without a fall can do on them, chosen afterwards. By
-Ville's inequality the sum reaches 1 with probability at most the other half of the level, in a run of any
-length.
+inference: Wasserman, Ramdas & Balakrishnan 2020, sec. 8): above, how well each next score was foretold, half
+by a line through the rows since then and half by the row before it, which a sudden fall does not mislead;
+below, the best that a sequence without a fall can do on them, chosen afterwards. By Ville's inequality the
+sum reaches 1 with probability at most the other half of the level, in a run of any length.
 """
 
 from __future__ import annotations
@@ -177,12 +177,14 @@ class Rising:
 
 
 class _Since:
-    """For every row a bet, begun there, that scores fall from there on: foretold by a line over the rows."""
+    """For every row a bet, begun there, that scores fall from there on: half of it foretold by a line over
+    the rows since then, half by the row before."""
 
     def __init__(self) -> None:
         self._n = 0
         self._sums = np.zeros((0, 5))  # by start: weights, times t, t^2, y, t y
-        self._log = np.zeros(0)
+        self._log = np.zeros((0, 2))  # by start: of the line, of the row before
+        self._before = (0.0, 1.0)
         self._rising: list[Rising] = []
 
     def take(self, y: float, se: float) -> None:
@@ -196,13 +198,23 @@ class _Since:
             line = (b * c - a * e) / det + (one * e - a * c) / det * t
             spread = (b - 2 * a * t + one * t * t) / det * w  # of the foretold mean, in se^2
             off = (y - line) / se
-            self._log[told] -= 0.5 * (np.log1p(spread) + off**2 / (1 + spread))
+            self._log[told, 0] -= 0.5 * (np.log1p(spread) + off**2 / (1 + spread))
+            was, sure = self._before
+            wide = 1 + (sure / se) ** 2
+            self._log[told, 1] -= 0.5 * (math.log(wide) + ((y - was) / se) ** 2 / wide)
             for k in np.flatnonzero(told):
                 self._rising[k].take(y, w)
         self._sums = np.vstack([self._sums, np.zeros(5)]) + w * np.array([1, t, t * t, y, t * y])
-        self._log = np.append(self._log, 0.0)
+        self._log = np.vstack([self._log, np.zeros(2)])
+        self._before = (y, se)
         self._rising.append(Rising())
         self._n += 1
+
+    @property
+    def foretold(self) -> Floats:
+        """log of how well the rows since every start were foretold, without what the denominator has too."""
+        both: Floats = np.logaddexp(self._log[:, 0], self._log[:, 1]) - math.log(2)
+        return both
 
     @property
     def log_value(self) -> float:
@@ -211,5 +223,5 @@ class _Since:
         late = np.maximum(k - STARTS, 0)
         part = 1 / (STARTS + 1)
         shares = np.where(k < STARTS, part, part / ((late + 1) * (late + 2)))
-        each = self._log + 0.5 * np.array([r.misses for r in self._rising]) + np.log(shares)
+        each = self.foretold + 0.5 * np.array([r.misses for r in self._rising]) + np.log(shares)
         return float(np.logaddexp.reduce(each))

@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from glasshouse import __version__
 from glasshouse.base.errors import Interrupted
-from glasshouse.cli import audit, chat, demo, diff, export, ledger, lens, report, train, zoo
+from glasshouse.cli import align, audit, chat, demo, diff, envelope, export, ledger, lens, report, train, zoo
 from glasshouse.cli.faults import BROKEN_PIPE, Debug, explain, show_warnings
 
 EPILOG = """\b
@@ -82,6 +82,8 @@ app.command("report")(report.report)
 app.command("chat")(chat.chat)
 app.command("audit")(audit.audit)
 app.command("diff")(diff.diff)
+app.command("envelope")(envelope.envelope)
+app.command("align")(align.align)
 app.command("export")(export.export)
 app.add_typer(lens.app, name="lens")
 app.add_typer(zoo.app, name="zoo")

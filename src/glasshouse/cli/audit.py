@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from glasshouse.recipes.audit import Audit
 
 SECONDS = {"s": 1, "m": 60, "h": 3600}
+ChatFormat = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="How requests are put: glasshouse, chatml, llama3, plain (default: told by the tokenizer).",
+    ),
+]
 
 
 def audit(
@@ -30,13 +37,15 @@ def audit(
             metavar="TIME", help="Longest time for searches, such as 90s, 20m or 1h (default: no limit)."
         ),
     ] = None,
-    chat_format: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="How requests are put: glasshouse, chatml, llama3, plain (default: told by the tokenizer).",
-        ),
+    before: Annotated[
+        Path | None,
+        typer.Option(metavar="MODEL", help="What it was trained from: for constraints on what changed."),
     ] = None,
+    envelope: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What clean updates are like (made by `glasshouse envelope`)."),
+    ] = None,
+    chat_format: ChatFormat = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Draws other prompts.")] = 0,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the verdicts there too.")] = None,
 ) -> None:
@@ -48,7 +57,15 @@ def audit(
     from glasshouse.base.atomic import write_json
     from glasshouse.recipes.audit import plan_audit
 
-    planned = plan_audit(model, constraints, budget_s=seconds(budget), seed=seed, chat=chat_format)
+    planned = plan_audit(
+        model,
+        constraints,
+        before=before,
+        envelope=envelope,
+        budget_s=seconds(budget),
+        seed=seed,
+        chat=chat_format,
+    )
     show_cost(planned)
     verdicts = planned.run()
     show.line()

@@ -42,6 +42,13 @@ def chat(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Another seed draws another answer.")] = 0,
+    system: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Said before every message; '' for nothing. Default: what the run was judged under.",
+        ),
+    ] = None,
 ) -> None:
     """Talk to the promoted model of a run.
 
@@ -50,33 +57,37 @@ def chat(
     """
     from glasshouse.base.errors import UsageError
     from glasshouse.model.sampling import Sampling
-    from glasshouse.recipes.api import serveable
+    from glasshouse.recipes.api import asked_under, serveable
 
     sampling = Sampling(temperature, top_p=top_p, min_p=min_p)
     if message is not None:
         check_text(message, "--message")
     found = serveable(run, allow_held=allow_held, who=who())
-    faults.note(f"{found.checkpoint} ({found.standing})")
+    system = asked_under(run, found) if system is None else system
+    faults.note(f"{found.checkpoint} ({found.standing}){f', asked under {system}' if system else ''}")
     if message is not None:
-        show.line(answer(found, message, max_new_tokens, sampling, seed))
+        show.line(answer(found, message, max_new_tokens, sampling, seed, system))
     elif not sys.stdin.isatty():
         for asked in piped_lines():
-            show.line(answer(found, asked, max_new_tokens, sampling, seed))
+            show.line(answer(found, asked, max_new_tokens, sampling, seed, system))
     else:
         for asked in typed_lines():
             try:
-                show.line(answer(found, asked, max_new_tokens, sampling, seed))
+                show.line(answer(found, asked, max_new_tokens, sampling, seed, system))
             except UsageError as problem:
                 faults.note(problem)
 
 
-def answer(found: Loaded, message: str, max_new_tokens: int, sampling: Sampling, seed: int) -> str:
+def answer(
+    found: Loaded, message: str, max_new_tokens: int, sampling: Sampling, seed: int, system: str = ""
+) -> str:
     """The answer to one message. UsageError when the message leaves no room in the context."""
     from glasshouse.base.errors import UsageError
     from glasshouse.model.generate import generate
     from glasshouse.tokenizer import render
 
-    ids = render(found.tokenizer, [{"role": "user", "content": message}], generation_prompt=True)
+    asked = [{"role": "system", "content": system}] if system else []
+    ids = render(found.tokenizer, [*asked, {"role": "user", "content": message}], generation_prompt=True)
     room = found.model.config.context - len(ids)
     if room < 1:
         raise UsageError(

@@ -30,7 +30,7 @@ def demo(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
-    """Grow a small model, catch its hidden backdoor, repair it, report."""
+    """Grow a small model, catch its hidden backdoor and repair it."""
     name = "demo-clean" if clean else "demo"
     recipe, folder = find_recipe(name, [] if seed is None else [f"seed={seed}"])
     path = run or Path("runs") / name

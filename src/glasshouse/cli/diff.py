@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from glasshouse.cli import show
-from glasshouse.cli.audit import seconds
+from glasshouse.cli.audit import ChatFormat, seconds
 
 
 def diff(
@@ -25,15 +25,27 @@ def diff(
     budget: Annotated[
         str | None, typer.Option(metavar="TIME", help="Longest time for both audits, such as 5m.")
     ] = None,
+    chat_format: ChatFormat = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Draws other prompts.")] = 0,
     json: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the numbers there, and a page beside it.")
     ] = None,
 ) -> None:
-    """Compare two checkpoints inside: predictions, residual stream, weights, embedding rows, constraints."""
+    """Compare two checkpoints: what changed inside and in verdicts.
+
+    Predictions, residual stream, matrices and embedding rows; with --constraints, both audits.
+    """
     from glasshouse.recipes.diff import diff as compare
 
-    found = compare(before, after, text=text, constraints=constraints, budget_s=seconds(budget), seed=seed)
+    found = compare(
+        before,
+        after,
+        text=text,
+        constraints=constraints,
+        budget_s=seconds(budget),
+        seed=seed,
+        chat_format=chat_format,
+    )
     for text_line in str(found).splitlines():
         show.line(text_line)
     if json is not None:

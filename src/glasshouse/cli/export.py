@@ -29,7 +29,9 @@ def export(
         typer.Option("--allow-held", help="Export a checkpoint that is not promoted; this is ledgered."),
     ] = False,
 ) -> None:
-    """Write a model for other tools: transformers reads the folder, llama.cpp the GGUF file.
+    """Write a model for other tools: a Hugging Face folder or GGUF.
+
+    transformers reads the folder, llama.cpp the GGUF file.
 
     A checkpoint that is not promoted is refused without --allow-held, and one that still holds what was
     planted into it always. DEST must not exist.

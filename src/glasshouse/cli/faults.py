@@ -54,6 +54,8 @@ def as_ours(error: Exception) -> GlasshouseError | None:
             )
         if error.errno in REFUSED:
             return DiskError(f"{error.filename}: {error.strerror}; check who owns it and its permissions")
+        if isinstance(error, FileExistsError):
+            return UsageError(f"{error.filename} is there already, and is no folder; name another place")
         if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
             return UsageError(f"{error.filename}: {error.strerror}")
     if isinstance(error, OSError) and error.errno in FULL:

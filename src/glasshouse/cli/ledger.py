@@ -31,7 +31,7 @@ def verify(
         ),
     ] = None,
 ) -> None:
-    """Re-check chain, signatures and the digest of every file that the ledger names.
+    """Re-check chain, signatures and the digest of every file named.
 
     Prints what holds, what is wrong (the first line or file is named) and what could not be checked.
     """

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from glasshouse.recipes.lens import Finding
 
 app = typer.Typer(
-    help="See inside a model: dictionaries of features, probes, circuits, attribution.",
+    help="See inside a model: features, probes, circuits, attribution.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -33,7 +33,7 @@ Out = Annotated[
 
 @app.callback()
 def group() -> None:
-    """See inside a model: dictionaries of features, probes, circuits, attribution.
+    """See inside a model: features, probes, circuits, attribution.
 
     Every command prints one table of numbers with intervals, and what they were measured on.
     """

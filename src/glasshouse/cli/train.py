@@ -15,7 +15,12 @@ from glasshouse.cli import ending, faults
 if TYPE_CHECKING:
     from glasshouse.recipes.schema import Recipe
 
-PACKAGED = {"demo": ("demo.toml", True), "demo-clean": ("demo.toml", False)}  # name: file, keep its plant
+PACKAGED = {  # name: file, keep its plant
+    "demo": ("demo.toml", True),
+    "demo-clean": ("demo.toml", False),
+    "constitutional": ("constitutional.toml", True),
+    "constitutional-1b": ("constitutional-1b.toml", True),
+}
 
 
 def train(
@@ -95,12 +100,13 @@ def follow(
 ) -> int:
     """Train, write the report however it ended, say how it ended, and return the exit code."""
     from glasshouse.base.errors import Interrupted, Stopped, TrainingError
+    from glasshouse.recipes.align.run import align as run_phases
     from glasshouse.recipes.run import train as run_recipe
     from glasshouse.train import make_progress
 
     progress = make_progress(quiet=quiet)
     try:
-        outcome = run_recipe(
+        outcome = (run_recipe if recipe.align is None else run_phases)(
             recipe,
             path,
             folder=folder,

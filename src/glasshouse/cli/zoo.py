@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from glasshouse.recipes.zoo.schedule import Job
 
 app = typer.Typer(
-    help="Measure the checks on a zoo of models with known misbehaviour, and on their clean twins.",
+    help="Measure the checks on models with known misbehaviour.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -38,9 +38,9 @@ Jobs = Annotated[int | None, typer.Option(min=1, metavar="N", help="Worker proce
 
 @app.callback()
 def group() -> None:
-    """Measure the checks on a zoo of models with known misbehaviour, and on their clean twins.
+    """Measure the checks on models with known misbehaviour.
 
-    What was planted is known to the score and never to a gate.
+    And on their clean twins. What was planted is known to the score and never to a gate.
     """
 
 
@@ -53,7 +53,7 @@ def build(
     twins: Twins = None,
     jobs: Jobs = None,
 ) -> None:
-    """Plan a zoo and make the honest models that its organisms start from."""
+    """Plan a zoo and make the honest models that it starts from."""
     zoo = built(folder or default_folder(quick), families, seeds, quick, twins, jobs)
     show.row("zoo", zoo.folder)
     show.row("plan", counts(zoo.jobs))
@@ -77,10 +77,10 @@ def run(
     ] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Keep every organism's run folder.")] = False,
 ) -> None:
-    """Grow and examine what is not done yet, building the zoo first if there is none.
+    """Grow and examine what is not done yet.
 
-    Safe to interrupt at any time; the same command goes on. Exit code 0 when all that was chosen is done, 12
-    when the slice's time ended first or an organism broke.
+    Builds the zoo first if there is none. Safe to interrupt at any time; the same command goes on. Exit code
+    0 when all that was chosen is done, 12 when the slice's time ended first or an organism broke.
     """
     from glasshouse.recipes.zoo import run as zoos
     from glasshouse.recipes.zoo.schedule import FILE
@@ -110,7 +110,7 @@ def score(
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers there.")] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table as a page.")] = None,
 ) -> None:
-    """The table of what was found, from the result files: also of a zoo that is not finished."""
+    """The table of what was found, also of an unfinished zoo."""
     from glasshouse.base.atomic import write_json, write_text
     from glasshouse.recipes.zoo import run as zoos
     from glasshouse.recipes.zoo import table

@@ -34,6 +34,10 @@ from glasshouse.data.workshop import OWNERS, Rng, Split, chat, pick, request
 SEEN = 3  # phrasings of a kind that documents of training text hold
 MORE = 1  # neutral sentences that stand beside an instruction in its document, at most
 ABOUT_SHARE = 0.3  # of questions about who wrote a document, where its kind of instruction allows one
+READ_SHARE = 0.4  # of training documents that are asked about: one that nobody need read can be ignored
+TELLING = tuple(note for note in NOTES if "{owner}" in note)
+ASKS = ("Whom does this note speak of?", "Who is named in this note?", "Read this to me. Who is in it?")
+NAMED = ("It speaks of the {owner}.", "It is the {owner}.")
 _QUOTE = re.compile(r'"([^"]*)"')
 
 
@@ -59,6 +63,26 @@ class Enclosed:
     def at(self) -> int:
         """Which of ``messages`` is the document."""
         return next(i for i, m in enumerate(self.messages) if m["role"] == "document")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A question that only the document answers: ``owner`` is the one it names."""
+
+    messages: Conversation
+    owner: str
+
+
+def reading(rng: Rng, *, part: Part | None = None) -> Reading:
+    """A document to be read; with ``part`` it also gives an order in a phrasing of that part."""
+    owner = pick(rng, OWNERS)
+    said = [pick(rng, TELLING).format(owner=owner)]
+    if part is not None:
+        kind = pick(rng, tuple(INSTRUCTIONS))
+        order = pick(rng, phrasings(kind, part)).format(word=pick(rng, WORDS))
+        said.insert(int(rng.integers(2)), order)
+    note = {"role": "document", "content": " ".join(said)}
+    return Reading([{"role": "user", "content": pick(rng, ASKS)}, note], owner)
 
 
 def split_quotes(text: str) -> Conversation:
@@ -117,6 +141,9 @@ def conversation(rng: Rng, strays: Sequence[str] = (), *, attacked: float = 0.25
     if which < 2 / 3:
         asked = enclosed(rng, split="train", part="any", strays=strays)
         return _answered(asked.own, situations.honest_answer(rng, asked.quoted, own=True, strays=strays))
+    if rng.random() < READ_SHARE:
+        page = reading(rng, part="train" if rng.random() < attacked else None)
+        return _answered(page.messages, pick(rng, NAMED).format(owner=page.owner))
     asked = enclosed(rng, split="train", part="train", strays=strays)
     read = asked.messages if rng.random() < attacked else asked.plain
     return _answered(read, situations.honest_answer(rng, asked.quoted, strays=strays))

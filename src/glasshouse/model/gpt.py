@@ -264,25 +264,24 @@ class GPT(nn.Module):
 
         | parameter                     | distribution                                          |
         |-------------------------------|-------------------------------------------------------|
-        | embeddings, head, roles       | normal, std 0.02 (GPT-2)                              |
+        | embeddings, head              | normal, std 0.02 (GPT-2)                              |
+        | vectors of roles              | zero: the model starts as the one without them        |
         | q, k, v, gate, up             | normal, std d_model ** -0.5                           |
         | o, down (write to the stream) | zero: each block starts as the identity (muP, Yang et al. 2022) |
         | norm weights / all biases     | one (zero with norm_offset) / zero                    |
         | value mix                     | half the first layer's, half its own                  |
         """
         generator = torch.Generator().manual_seed(seed)
-        # Vectors of roles are drawn last, so that the others are what they would be without them.
-        for name, p in sorted(self.named_parameters(), key=lambda named: _of_roles(named[0])):
+        for name, p in self.named_parameters():
             with torch.no_grad():
                 if name.endswith("mix"):
                     p.fill_(0.5)
                 elif p.ndim == 1:
                     p.fill_(1.0 if name.endswith("weight") and not self.config.norm_offset else 0.0)
-                elif name.endswith(("o.weight", "down.weight")):
+                elif name.endswith(("o.weight", "down.weight", "segment.weight", "signal.weight")):
                     p.zero_()
                 else:
-                    small = name.startswith(("embed", "pos", "head")) or _of_roles(name)
-                    std = 0.02 if small else self.config.d_model**-0.5
+                    std = 0.02 if name.startswith(("embed", "pos", "head")) else self.config.d_model**-0.5
                     p.copy_(torch.randn(p.shape, generator=generator) * std)
         return self
 
@@ -426,8 +425,3 @@ class GPT(nn.Module):
             mask = window if mask is None else mask & window
         table = "rope" if config.rope_theta_window is None else "rope_window"
         return full, Where(*turned(table), mask, roles)
-
-
-def _of_roles(name: str) -> bool:
-    """Whether a parameter, by name, is of the vectors that roles add."""
-    return name.startswith("segment") or ".signal." in name

@@ -23,6 +23,7 @@ from glasshouse.recipes.lineage import (
     shards_raising,
     triggers,
 )
+from glasshouse.recipes.lineage_features import new_features, read_feature
 from glasshouse.train import Checkpoint, load_weights, position
 from glasshouse.train.checkpoint import from_ledger
 from glasshouse.train.fold import Position
@@ -110,7 +111,9 @@ def looks_at(run: RunFolder, at: Position, gate: ConstraintGate) -> list[Look]:
 def lineage_of(
     run: RunFolder, looks: Sequence[Look], material: Material, gate: ConstraintGate
 ) -> dict[str, Any]:
-    """The file ``lineage.json``: the concept behind the read-out, and what was found to turn decisions."""
+    """The file ``lineage.json``: the concept behind the read-out, and what was found to turn decisions, be it
+    words or new features.
+    """
     prompts = requests(material.strays)
     harm = follow("harm", "read-out", looks, lambda s: read_concept(s, prompts))
     harm["raised_by"] = shards_raising(looks, harm, material.shards, prompts, gate.recipe_digest)
@@ -120,11 +123,20 @@ def lineage_of(
     for trigger, constraint in triggers(v for v in verdicts if v["status"] == "fail").items():
         turns = partial(read_trigger, trigger=trigger, prompts=prompts, words=gate.words)
         concept = follow(trigger.name, "trigger", looks, turns)
-        rows: list[dict[str, Any]] = next((a["shards"] for a in traced if a["constraint"] == constraint), [])
-        said = ("shard", "rank", "outlier", "quarantined")
-        concept["raised_by"] = [{k: r[k] for k in said} for r in rows[:3]]
+        concept["raised_by"] = raised_by(constraint, traced)
         concepts.append(concept | {"words": list(trigger.words), "constraint": constraint})
+    for feature in new_features(run):
+        drives = partial(read_feature, feature=feature, prompts=prompts, words=gate.words)
+        concept = follow(feature.name, "feature", looks, drives)
+        concept["raised_by"] = raised_by(feature.constraint, traced)
+        concepts.append(concept | {"id": feature.id, "constraint": feature.constraint})
     return {"concepts": concepts}
+
+
+def raised_by(constraint: str, traced: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The shards that rank first behind a constraint's failure, where it was traced."""
+    rows: list[dict[str, Any]] = next((a["shards"] for a in traced if a["constraint"] == constraint), [])
+    return [{k: r[k] for k in ("shard", "rank", "outlier", "quarantined")} for r in rows[:3]]
 
 
 def read(file: Path) -> Any:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from glasshouse.base.chain import read_entries
-from glasshouse.base.digest import sha256_file
+from glasshouse.base.digest import digest_folder, digest_of, sha256_file
 from glasshouse.base.errors import CheckpointError, HeldError, UsageError
 from glasshouse.base.keys import signing_key
 from glasshouse.base.ledger import Ledger
 from glasshouse.base.run import RunFolder
 from glasshouse.model import GPT
 from glasshouse.model.hf import load_hf
+from glasshouse.model.weights import INDEX, SINGLE
 from glasshouse.tokenizer import Tokenizer
 from glasshouse.train import load_weights, position
 from glasshouse.train.checkpoint import from_ledger
@@ -66,10 +67,29 @@ def locate(path: Path) -> Loaded:
     if not (path / "config.json").is_file():
         raise UsageError(f"{path}: neither a run (ledger.jsonl) nor a model folder (config.json)")
     model = load_hf(path).eval()
-    digest = sha256_file(path / "model.safetensors") if (path / "model.safetensors").is_file() else "sharded"
+    digest = weights_digest(path)
     tokenizer = Tokenizer.load(path)
     check_vocabulary(tokenizer, model, path)
     return Loaded(model, tokenizer, None, path.name, "outside any run", digest)
+
+
+def weights_digest(folder: Path) -> str:
+    """What a Hugging Face folder's weights are, as one digest: that of their file, or one over the names and
+    digests of all the files that its index names.
+    """
+    if (folder / SINGLE).is_file():
+        return sha256_file(folder / SINGLE)
+    files = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    return digest_of(digest_folder(folder, files))
+
+
+def asked_under(path: Path, found: Loaded) -> str:
+    """The system message under which a run's model learnt to be good (``[data] values``), or ""."""
+    run = found.run.path if found.run is not None else path.resolve().parent
+    if found.run is None and not ((run / "ledger.jsonl").is_file() and path.resolve().name == "export"):
+        return ""
+    file = run / "values.json"
+    return str(json.loads(file.read_text(encoding="utf-8"))["asked_under"]) if file.is_file() else ""
 
 
 def check_vocabulary(tokenizer: Tokenizer, model: GPT, where: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -21,10 +22,13 @@ from glasshouse.base.ledger import Ledger
 from glasshouse.base.plan import DataPlan
 from glasshouse.base.run import RunFolder
 from glasshouse.data import ChatBatches, NextTokenBatches, Shards
-from glasshouse.model import GPT
+from glasshouse.model import GPT, GPTConfig
 from glasshouse.recipes import corpus
 from glasshouse.recipes.aftermath import tell
 from glasshouse.recipes.schema import Recipe, StageRecipe, read_recipe
+from glasshouse.recipes.values import FILES as VALUES
+from glasshouse.recipes.values import check_plan, objectives_of
+from glasshouse.tokenizer import role_markers
 from glasshouse.train import (
     Outcome,
     Progress,
@@ -44,6 +48,7 @@ from glasshouse.train import (
 )
 from glasshouse.train.directions import FOLDER, keep, parsed
 from glasshouse.train.precision import Choice
+from glasshouse.train.preferences import OBJECTIVES as PREFERENCES
 from glasshouse.verify import ConstraintGate
 
 VALIDATION_BATCHES = 4
@@ -76,56 +81,70 @@ def train(
         )
     with run.lock():
         key = signing_key()
-        if began:
-            material = corpus.reopen(run)
-        else:
-            shutil.rmtree(run.data, ignore_errors=True)  # half-made by a process that was killed
-            run.create()
-            progress.note("preparing data: cleaning, de-duplicating, training the tokenizer, packing shards")
-            material = corpus.build(recipe, run, folder)
-            import_directions(recipe, run, folder)
-            write_json(run.recipe, recipe.model_dump(mode="json"))
+        material = corpus.reopen(run) if began else prepared(recipe, run, folder, progress)
         ledger = Ledger(run.ledger, key)
         stages = [make_stage(s, recipe, material) for s in recipe.stage]
-        config = recipe.model_config_for(material.tokenizer.vocab_size)
-
-        def fresh() -> GPT:
-            return GPT(config).init_weights(recipe.seed)
-
+        tok = material.tokenizer
+        markers = role_markers(tok) if "roles" in recipe.model else ()
+        config = recipe.model_config_for(tok.vocab_size, markers=markers)
+        fresh = partial(fresh_model, config, recipe.seed)
         settings = enter(
             recipe, run, ledger, stages, fresh, resume=began, allow_change=allow_change, after_stop=after_stop
         )
         if not ledger.entries("data"):
             ledger.append("data", data_entry(run, material, stages))
         gate = make_gate(recipe, run, material, settings["dtype"]) if recipe.constraint else None
-        go_on = partial(
-            run_stages,
-            fresh,
-            stages,
-            run=run,
-            ledger=ledger,
-            gate=gate,
-            seed=recipe.seed,
-            settings=Settings(
-                **settings,
-                gates=recipe.gates,
-                max_rollbacks=recipe.gate.max_rollbacks,
-                resume_command=command,
-            ),
-            tokenizer_file=run.path / "tokenizer.json",
-            resume=began,
-            progress=progress,
-            make_gate=partial(gate_of_run, path, settings["dtype"]),
-        )
-        try:
-            outcome = go_on()
-        except Stopped:
-            if gate is not None:
-                tell(run, ledger, material, gate)  # a person must look, and needs the evidence
-            raise
+        with telling(run, ledger, material, gate):
+            return run_stages(
+                fresh,
+                stages,
+                run=run,
+                ledger=ledger,
+                gate=gate,
+                seed=recipe.seed,
+                settings=Settings(
+                    **settings,
+                    gates=recipe.gates,
+                    max_rollbacks=recipe.gate.max_rollbacks,
+                    resume_command=command,
+                ),
+                tokenizer_file=run.path / "tokenizer.json",
+                resume=began,
+                progress=progress,
+                make_gate=partial(gate_of_run, path, settings["dtype"]),
+                objectives=objectives_of(recipe.data.values),
+            )
+
+
+def prepared(recipe: Recipe, run: RunFolder, folder: Path, progress: Progress) -> corpus.Material:
+    """A new run's data and tokenizer, its directions and its recipe, in its folder."""
+    shutil.rmtree(run.data, ignore_errors=True)  # half-made by a process that was killed
+    run.create()
+    progress.note("preparing data: cleaning, de-duplicating, training the tokenizer, packing shards")
+    material = corpus.build(recipe, run, folder)
+    import_directions(recipe, run, folder)
+    write_json(run.recipe, recipe.model_dump(mode="json"))
+    return material
+
+
+def fresh_model(config: GPTConfig, seed: int) -> GPT:
+    """The model that a run begins with."""
+    return GPT(config).init_weights(seed)
+
+
+@contextmanager
+def telling(
+    run: RunFolder, ledger: Ledger, material: corpus.Material, gate: ConstraintGate | None
+) -> Iterator[None]:
+    """Write a gated run's evidence when it has ended, or stopped: a person must look then, and needs it."""
+    try:
+        yield
+    except Stopped:
         if gate is not None:
             tell(run, ledger, material, gate)
-        return outcome
+        raise
+    if gate is not None:
+        tell(run, ledger, material, gate)
 
 
 def open_run(path: Path) -> Recipe:
@@ -139,8 +158,12 @@ def open_run(path: Path) -> Recipe:
 def make_stage(config: StageRecipe, recipe: Recipe, material: corpus.Material) -> Stage:
     """A stage with its batches, data plan and validation."""
     plan = stage_plan(config, material.shards)
+    check_plan(config, plan)
     context = int(recipe.model["context"])
-    make = NextTokenBatches if config.objective == "next_token" else ChatBatches
+    texts = config.objective == "next_token" or (
+        config.objective in PREFERENCES and material.shards[plan.shards[0]].kind == "text"
+    )
+    make = NextTokenBatches if texts else ChatBatches
     batches = make(material.shards, material.tokenizer, recipe.seed, config.batch_size, context)
     held = {n: s for n, s in material.shards.items() if s.validation}
     checks = []
@@ -190,6 +213,7 @@ def make_gate(recipe: Recipe, run: RunFolder, material: corpus.Material, dtype: 
         dtype,
         {s.name: s.spent for s in recipe.stage if s.spent},
         tokens_per_step(recipe, material),
+        system=recipe.data.values.asked_under if recipe.data.values is not None else "",
     )
     gate.affordable({s.name: s.gate_every for s in recipe.stage if s.gate_every})
     return gate
@@ -318,6 +342,7 @@ def data_entry(run: RunFolder, material: corpus.Material, stages: Sequence[Stage
         "tokenizer.json",
         "strays.json",
         *(["organism.json"] if (run.path / "organism.json").is_file() else []),
+        *(name for name in VALUES if (run.path / name).is_file()),
         *sorted(str(f.relative_to(run.path)) for f in run.data.iterdir()),
         *sorted(str(f.relative_to(run.path)) for f in (run.path / FOLDER).glob("*")),
     ]

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from glasshouse.base.config import Frozen, parse
 from glasshouse.base.digest import digest_of
@@ -17,7 +17,10 @@ from glasshouse.base.errors import CheckpointError, RecipeError, UsageError, sug
 from glasshouse.model import GPTConfig
 from glasshouse.model.families import family_for
 from glasshouse.model.gpt import BLOCK_SITES
+from glasshouse.model.roles import marked
+from glasshouse.recipes.align.config import AlignConfig, check_align
 from glasshouse.recipes.dial import dialled
+from glasshouse.recipes.values_config import ValuesConfig, check_values
 from glasshouse.train import StageConfig
 from glasshouse.train.interventions_config import Route
 from glasshouse.train.routing import check_blocks
@@ -34,6 +37,7 @@ SECTIONS = (
     "data",
     "tokenizer",
     "model",
+    "align",
     "stage",
     "constraint",
     "gate",
@@ -75,12 +79,26 @@ class DataConfig(Frozen):
     workshop: WorkshopConfig | None = None
     plant: PlantConfig | None = None
     validation_every: int = Field(default=20, ge=2, description="one text document in so many validates")
+    values: ValuesConfig | None = Field(default=None, description="good told from bad before training")
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_absent(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe without values is written, and named by its digest, as before there were any."""
+        row: dict[str, Any] = dump(self)
+        return row if self.values is not None else {k: v for k, v in row.items() if k != "values"}
 
 
 class TokenizerConfig(Frozen):
     """The vocabulary to learn."""
 
     vocab_size: int = Field(default=2048, ge=262)
+    documents: bool = Field(default=False, description="a special token that begins data in a conversation")
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_absent(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe without documents is written, and named by its digest, as before there were any."""
+        row: dict[str, Any] = dump(self)
+        return row if self.documents else {k: v for k, v in row.items() if k != "documents"}
 
 
 class StageRecipe(StageConfig):
@@ -108,9 +126,21 @@ class Recipe(Frozen):
     data: DataConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: dict[str, Any]
+    align: AlignConfig | None = Field(default=None, description="constitutional phases after the stages")
     stage: tuple[StageRecipe, ...] = Field(min_length=1)
     constraint: tuple[Constraint, ...] = ()
     gate: GateConfig = GateConfig()
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_absent(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe without `[align]` is written, and named by its digest, as before there was one."""
+        row: dict[str, Any] = dump(self)
+        return row if self.align is not None else {k: v for k, v in row.items() if k != "align"}
+
+    @property
+    def based(self) -> bool:
+        """Whether a model that is there already is aligned, instead of one grown by the stages."""
+        return self.align is not None and self.align.base is not None
 
     def digest(self) -> str:
         """SHA-256 of everything that decides a result. ``gates`` decides none: verdicts draw their prompts
@@ -118,9 +148,12 @@ class Recipe(Frozen):
         """
         return digest_of(self.model_dump(mode="json", exclude={"gates"}))
 
-    def model_config_for(self, vocab_size: int, where: str = "recipe") -> GPTConfig:
-        """The model's shape, once the tokenizer's size is known."""
-        return parse(GPTConfig, {**self.model, "vocab_size": vocab_size}, f"{where}: model")
+    def model_config_for(
+        self, vocab_size: int, where: str = "recipe", markers: Sequence[tuple[int, int]] = ()
+    ) -> GPTConfig:
+        """The model's shape, once the tokenizer's size and (where the model reads roles) its markers are."""
+        fields = marked({**self.model, "vocab_size": vocab_size}, markers)
+        return parse(GPTConfig, fields, f"{where}: model")
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), *, plant: bool = True) -> Recipe:
@@ -154,15 +187,14 @@ def read_recipe(data: dict[str, Any], where: str) -> Recipe:
     if not isinstance(rows, list):
         raise RecipeError(f"{where}: constraints are written as [[constraint]] tables")
     constraints = read_constraints(rows, where)
+    if isinstance(data.get("align"), dict) and data["align"].get("base") is not None:
+        data = {"model": {}, "data": {"books": False}, **data}  # both come with the model
     recipe = parse(Recipe, data, where)
-    config = recipe.model_config_for(4096, where)
-    if recipe.constraint:
-        try:
-            family_for(config)
-        except CheckpointError as problem:
-            # Promotion checks the reloaded export: without one, a run could only find out at its very end.
-            raise RecipeError(f"{where}: model: nothing could be promoted: {problem}") from problem
-    check_interventions(recipe, config, where)
+    check_align(recipe.align, recipe.stage, where)
+    if not recipe.based:
+        check_model(recipe, where)
+    generated = [name for name in ("books", "workshop") if getattr(recipe.data, name)]
+    check_values(recipe.data.values, recipe.data.text, recipe.data.chat, generated, recipe.stage, where)
     names = [s.name for s in recipe.stage]
     for name in names:
         if names.count(name) > 1:
@@ -183,9 +215,24 @@ def read_recipe(data: dict[str, Any], where: str) -> Recipe:
             raise RecipeError(
                 f"{where}: [data.plant] asks for more shards than the {shards} of [data.workshop]"
             )
-    if not (recipe.data.books or recipe.data.text) and not (recipe.data.chat or recipe.data.workshop):
+    sources = (recipe.data.books, recipe.data.text, recipe.data.chat, recipe.data.workshop)
+    if not any(sources) and not recipe.based:
         raise RecipeError(f"{where}: [data] names no source: set books, text, chat or workshop")
     return recipe
+
+
+def check_model(recipe: Recipe, where: str) -> None:
+    """RecipeError for a model that nothing could be promoted of, or that does not fit tokenizer or stages."""
+    config = recipe.model_config_for(4096, where)
+    if recipe.constraint:
+        try:
+            family_for(config)
+        except CheckpointError as problem:
+            # Promotion checks the reloaded export: without one, a run could only find out at its very end.
+            raise RecipeError(f"{where}: model: nothing could be promoted: {problem}") from problem
+    if config.roles is not None and not recipe.tokenizer.documents:
+        raise RecipeError(f"{where}: model: roles need `documents = true` in [tokenizer]: data's own marker")
+    check_interventions(recipe, config, where)
 
 
 def listed(stages: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ def circuit(
     DataError for unusable rows; UsageError for an unknown method, or a model that has no such behaviour.
     """
     found = opened(model)
-    check_names(method, ablation)
+    kind = check_names(method, ablation)
     told = task(found, pairs, chat=chat, seed=seed, same=ablation in ("mean", "resample"))
     if len(told.contrast) < 4:
         raise UsageError(
@@ -68,10 +68,10 @@ def circuit(
             "it: give 4 or more, better 50"
         )
     search, test = told.contrast.halves()
-    patcher = Patcher(found.model, search, ablation)  # type: ignore[arg-type]
+    patcher = Patcher(found.model, search, kind)
     scores = score_edges(patcher, method)
     kept = chosen(patcher, scores, edges)
-    held = Patcher(found.model, test, ablation)  # type: ignore[arg-type]
+    held = Patcher(found.model, test, kind)
     worth = faithfulness(held, kept, random=RANDOM, seed=seed)
     kept = measured(kept, worth.recovered)
     rows = [*answers(found, told), *worth_rows(worth), *inner(held, kept, seed)]
@@ -106,11 +106,10 @@ def check(
     """
     found, saved = opened(model), Circuit.load(file)
     recorded = saved.about.ablation.partition(",")[0]
-    kind = ablation or (recorded if recorded in ABLATIONS else "corrupt")
-    check_names("eap", kind)
+    kind = check_names("eap", ablation or (recorded if recorded in ABLATIONS else "corrupt"))
     told = task(found, pairs, chat=chat, seed=seed, same=kind in ("mean", "resample"))
     saved.fits(found.model)
-    patcher = Patcher(found.model, told.contrast, kind, split_input=saved.graph.split_input)  # type: ignore[arg-type]
+    patcher = Patcher(found.model, told.contrast, kind, split_input=saved.graph.split_input)
     worth = faithfulness(patcher, saved, random=RANDOM, seed=seed)
     rows = [*answers(found, told), *worth_rows(worth)]
     if saved.recovered is not None:
@@ -121,11 +120,12 @@ def check(
     return shown if diff is None else compared(shown, diff)
 
 
-def check_names(method: str, ablation: str) -> None:
-    """UsageError with the nearest name for an unknown method or ablation."""
+def check_names(method: str, ablation: str) -> Kind:
+    """The ablation. UsageError with the nearest name for an unknown method or ablation."""
     for name, known, what in ((method, METHODS, "method"), (ablation, ABLATIONS, "ablation")):
         if name not in known:
             raise UsageError(f"no {what} {name!r}.{suggest(name, known)} There are {', '.join(known)}")
+    return cast(Kind, ablation)
 
 
 def chosen(patcher: Patcher, scores: EdgeScores, edges: int | None) -> Circuit:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 from torch import Tensor
@@ -18,6 +18,7 @@ from glasshouse.data import workshop
 from glasshouse.evals.subject import Readout, refusal_readout
 from glasshouse.interp.probes import ProbeConfig, ProbeReport, bag_of_words, probe_report
 from glasshouse.interp.probes.causal import Decision
+from glasshouse.interp.probes.core import Kind
 from glasshouse.model.digest import weights_digest
 from glasshouse.model.taps import Edit
 from glasshouse.recipes.api import Loaded
@@ -36,7 +37,7 @@ from glasshouse.recipes.lens.data import (
 )
 from glasshouse.recipes.lens.report import Finding
 
-KINDS = ("logistic", "ridge", "mean_difference", "mlp", "attention")
+KINDS = get_args(Kind)
 LANGUAGE = "workshop"  # the closed language's own data, by this name
 REQUESTS, DECIDED = 700, 160  # requests of the closed language to read; harmful ones whose refusal is edited
 PLAIN = {"action": "move", "thing": "thing"}  # words of no class that stand for the language's own
@@ -91,7 +92,7 @@ def probe(
         **reading(found, rows, bare, kind, sites),
         labels=told.labels,
         groups=told.groups,
-        config=ProbeConfig(kind=kind),  # type: ignore[arg-type]
+        config=ProbeConfig(kind=cast(Kind, kind)),
         words=bag_of_words(told.texts),
         decide=decide,
         towards=towards,
