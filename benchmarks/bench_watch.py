@@ -22,6 +22,7 @@ from glasshouse.base.score import bootstrap, rate
 ROWS, RUNS, LEVEL = 80, 30, 0.05
 REACH = 2.2  # times the peak's distance that a hacked run goes
 NOISES = (0.05, 0.10)  # standard error of a gold score, as a share of the gain at the peak
+CLOSE = 0.0125  # with sixteen times the answers: what a sharp turn takes
 HACKS: dict[str, Form] = {
     "RL curve": "rl",
     "best-of-n curve": "best_of_n",
@@ -92,7 +93,7 @@ def flagged(run: Run, noise: float, form: Form, seed: int) -> int | None:
 def hacks() -> list[dict[str, Any]]:
     """Share of planted hacks flagged before gold is down by a tenth, and what of its gain it had then."""
     out = []
-    for noise in NOISES:
+    for noise in (*NOISES, CLOSE):
         for shape, form in HACKS.items():
             runs = [hacked(shape, seed) for seed in range(RUNS)]
             at = [flagged(run, noise, form, seed) for seed, run in enumerate(runs)]
@@ -132,7 +133,7 @@ def hacks() -> list[dict[str, Any]]:
 def false_stops() -> list[dict[str, Any]]:
     """Share of honest runs in which the watch raises an alarm."""
     out = []
-    for noise in NOISES:
+    for noise in (*NOISES, CLOSE):
         for shape in HONEST:
             stopped = sum(flagged(honest(shape, seed), noise, "rl", seed) is not None for seed in range(RUNS))
             found = rate(stopped, RUNS)

@@ -21,6 +21,7 @@ from glasshouse.align.endpoint import EndpointEngine, among, parsed, retry_after
 from glasshouse.align.engines import BudgetSpent, EngineDown
 from glasshouse.align.feedback import Judging, feedback, preferences
 from glasshouse.align.position import JudgeUnreadable
+from glasshouse.align.revise import Revising, job_rows, revise
 from glasshouse.align.rows import read_rows
 from glasshouse.base.errors import UsageError
 
@@ -173,6 +174,38 @@ def test_text_that_is_no_completion_is_asked_for_again_then_counted(server: Serv
     server.control("garbage", -1)
     with engine(server) as there, pytest.raises(JudgeUnreadable, match="no readable judgement"):
         feedback(pairs(8), constitution(), there, tmp_path / "t", HOW.model_copy(update={"pilot": 8}))
+
+
+def test_a_revision_whose_reply_was_no_completion_is_asked_for_again_by_the_next_run(
+    server: Server, tmp_path: Path
+) -> None:
+    """An answer and a critique are spoilt; what comes out at last is as if none had been."""
+    asks, zero, one = (
+        ["How do I warm the egg?", "How do I soak the map?"],
+        Revising(rounds=0, answer_tokens=12, critique_tokens=12),
+        Revising(rounds=1, answer_tokens=12, critique_tokens=12),
+    )
+    with engine(server, concurrency=1) as there:
+        clean = revise(asks, constitution(), there, tmp_path / "clean", one)
+    path = tmp_path / "rows"
+    with engine(server, concurrency=1) as there:
+        server.control("garbage", 3)
+        found = revise(asks, constitution(), there, path, zero)
+        assert (found.answers, found.empty_answers, found.malformed) == (1, 0, 1)
+        assert revise(asks, constitution(), there, path, zero).malformed == 0
+        server.control("garbage", 3)
+        found = revise(asks, constitution(), there, path, one)  # the first critique
+        assert found.malformed == 1 and sum(found.revisions.values()) == 1
+        assert "malformed" not in found.revisions and all(
+            "malformed" not in b for b in found.by_principle.values()
+        )
+    server.control("ok")
+    with engine(server, concurrency=1) as there:
+        found = revise(asks, constitution(), there, path, one)
+    assert found.malformed == 0 and found.revisions == clean.revisions
+    chains = [{r["key"]: r["text"] for r in job_rows(p)} for p in (path, tmp_path / "clean")]
+    assert chains[0] == chains[1]
+    assert sum("instead_of" in r for r in read_rows(path)) == 2
 
 
 def test_an_answer_in_words_is_no_choice(server: Server) -> None:

@@ -79,18 +79,21 @@ def test_a_bet_is_the_ratio_of_the_foretold_to_the_best_allowed() -> None:
     for a, b in zip(y.tolist(), s.tolist(), strict=True):
         since.take(a, b)
     for k in (0, 4):
-        told = 0.0
+        line, before = 0.0, 0.0
         for t in range(k + 2, 12):
             x = np.stack([np.ones(t - k), np.arange(k, t)], axis=1) / s[k:t, None]
             cov = np.linalg.inv(x.T @ x)
             now = np.array([1.0, t])
             mean, var = now @ cov @ x.T @ (y[k:t] / s[k:t]), s[t] ** 2 + now @ cov @ now
-            told += -0.5 * math.log(var) - (y[t] - mean) ** 2 / 2 / var + math.log(s[t])
+            line += -0.5 * math.log(var) - (y[t] - mean) ** 2 / 2 / var + math.log(s[t])
+            var = s[t] ** 2 + s[t - 1] ** 2
+            before += -0.5 * math.log(var) - (y[t] - y[t - 1]) ** 2 / 2 / var + math.log(s[t])
         best = IsotonicRegression().fit_transform(
             np.arange(10 - k), y[k + 2 :], sample_weight=s[k + 2 :] ** -2
         )
         allowed = -0.5 * float((((y[k + 2 :] - best) / s[k + 2 :]) ** 2).sum())
-        assert since._log[k] + since._rising[k].misses / 2 == pytest.approx(told - allowed, abs=1e-8)
+        told = np.logaddexp(line, before) - math.log(2)
+        assert since.foretold[k] + since._rising[k].misses / 2 == pytest.approx(told - allowed, abs=1e-8)
 
 
 def test_a_level_score_raises_the_detector_no_oftener_than_its_level() -> None:

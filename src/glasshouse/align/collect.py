@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glasshouse.align.heldout import over_prompts
 from glasshouse.align.kl import kl_k1, kl_k3
 from glasshouse.align.losses import explained_variance, gae, grpo_advantages, masked_whiten
 from glasshouse.align.policy import KLBlowUp, Policy, Prompts, RLConfig
@@ -104,9 +106,11 @@ def collect(
         )
     row = _row(rows, answers, old, ref, values)
     row |= {name: float(x.float().mean()) for name, x in given.extra.items()}
-    row |= {
-        name: float(rewards_of(probe(prompts, ids)).values.float().mean()) for name, probe in probes.items()
-    }
+    for name, probe in probes.items():
+        found = rewards_of(probe(prompts, ids)).values.float()
+        row[name] = float(found.mean())
+        if math.isfinite(sure := over_prompts(found, how.group)):
+            row[f"{name}_se"] = sure
     if how.kl_at_most is not None and row["kl"] > how.kl_at_most:
         raise KLBlowUp(
             f"{where}: the policy is {row['kl']:.3g} nats an answer from its reference, and "

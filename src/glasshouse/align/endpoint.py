@@ -19,7 +19,7 @@ from types import ModuleType, TracebackType
 from typing import Any, Self
 
 from glasshouse.align.calls import Again, Budget, Caller, Malformed, Patience, Reply, Request, Spent
-from glasshouse.align.engines import Chat, EngineDown, seeds_for
+from glasshouse.align.engines import Chat, EngineDown, Unreadable, seeds_for
 from glasshouse.base.digest import digest_of
 from glasshouse.base.errors import UsageError
 
@@ -86,7 +86,7 @@ class EndpointEngine:
         temperature: float = 0.0,
         seed: int | Sequence[int] = 0,
     ) -> list[str]:
-        """Answers as text, "" where the reply was unreadable (``spent.malformed`` counts them).
+        """Answers as text, `Unreadable` where the reply stayed so (``spent.malformed`` counts them).
 
         Whether ``seed`` is kept to is the server's affair. `EngineDown` and `BudgetSpent` as `Caller.ask`.
         """
@@ -95,7 +95,8 @@ class EndpointEngine:
             self._request(p, max_new_tokens, temperature) | {"seed": s % 2**31}
             for p, s in zip(prompts, seeds_for(prompts, seed), strict=True)
         ]
-        return [str(reply["text"]).strip() if reply else "" for reply in self._caller.ask(asked)]
+        replies = self._caller.ask(asked)
+        return [str(reply["text"]).strip() if reply else Unreadable() for reply in replies]
 
     def choose(self, prompts: Sequence[Chat], options: Sequence[str]) -> list[list[float]]:
         """Log-probabilities [prompt][option], read from the alternatives to the first written token.

@@ -30,6 +30,10 @@ class BudgetSpent(Stopped):
     """What may be spent is spent. What was bought is kept; a larger budget goes on from there."""
 
 
+class Unreadable(str):
+    """What `Engine.write` gives where a reply could not be read: "", and known for not having been said."""
+
+
 class Engine(Protocol):
     """A model that can be asked. ``digest`` names its weights (or endpoint and model) in every row."""
 
@@ -48,7 +52,7 @@ class Engine(Protocol):
         temperature: float = 0.0,
         seed: int | Sequence[int] = 0,
     ) -> list[str]:
-        """One answer to each prompt, "" where it said nothing or nothing readable.
+        """One answer to each prompt, "" where it said nothing, `Unreadable` where a reply was none.
 
         ``seed``: one for each prompt, or one from which each prompt's own is derived by its content. What a
         prompt gets does not depend on what else is in the call.

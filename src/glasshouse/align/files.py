@@ -15,6 +15,7 @@ from glasshouse.align.collect import Rollout
 from glasshouse.align.policy import Policy
 from glasshouse.align.reward import prefixed
 from glasshouse.align.sequences import Sequences
+from glasshouse.align.watch import Online
 from glasshouse.base.errors import CheckpointError, UsageError
 from glasshouse.model.digest import weights_digest
 from glasshouse.train import Checkpoint, StageConfig
@@ -50,8 +51,10 @@ class PolicyFiles:
     """The part of a `Trainee` that does not depend on the method.
 
     A checkpoint's model.safetensors and config.json are the GPT's alone, so that gates judge it as any other;
-    critic.safetensors and rollout.safetensors hold the rest.
+    critic.safetensors and rollout.safetensors hold the rest, rl.json what a watch on the proxy has seen.
     """
+
+    watch: Online | None = None
 
     def groups(self, model: Policy, config: StageConfig) -> list[Group]:
         made = prefixed(model.gpt, "gpt", config)
@@ -76,7 +79,9 @@ class PolicyFiles:
             saving.write_tensors(folder / "critic.safetensors", own)
         if model.rollout is not None:
             saving.write_tensors(folder / "rollout.safetensors", _tensors(model.rollout))
-        told = {"reference": weights_digest(model.reference), "rollout": _told(model.rollout)}
+        told: dict[str, Any] = {"reference": weights_digest(model.reference), "rollout": _told(model.rollout)}
+        if self.watch is not None:
+            told["watched"] = self.watch.kept
         (folder / "rl.json").write_text(json.dumps(told, sort_keys=True) + "\n", "utf-8")
 
     def read(self, checkpoint: Checkpoint, contents: Mapping[str, bytes], model: Policy) -> Policy:
@@ -97,6 +102,8 @@ class PolicyFiles:
             with torch.no_grad():
                 for name, p in model.value.named_parameters():
                     p.copy_(found[f"value.{name}"])
+        if self.watch is not None:
+            self.watch.again(told.get("watched", []))
         model.rollout = None
         if told["rollout"] is not None:
             where = str(path / "rollout.safetensors")

@@ -57,6 +57,7 @@ class RLConfig(Frozen):
     reward_limit: float | None = Field(None, gt=0, description="rewards are cut to +- this")
     unended: float | None = Field(None, description="reward of an answer that the limit cut, in its stead")
     kl_at_most: float | None = Field(None, gt=0, description="nats an answer; beyond it the run halts")
+    on_flag: Literal["log", "stop"] = Field("log", description="stop: the run halts when its watch flags it")
     seed: int = 0
 
     @model_validator(mode="after")

@@ -9,7 +9,9 @@ Row: {"key", "kind": "answer" | "critique" | "revision", "round", "state", "text
 the model was asked), "principle" (its id; "" for answers), "parent" (key; "" for answers), "root" (key of the
 chain's answer), "copy" (of a prompt that stands in the list more than once), "model", "engine",
 "constitution", "job", "sampling"}. The state of a revision is "ok", "empty" or "identical" to what it should
-revise; only "ok" is trained on.
+revise; only "ok" is trained on. A reply that could not be read is "malformed", whatever it was to be: its
+chain stops there, its row ("instead_of" names the key that stays free) is trained on by nobody, and the next
+run asks again and goes on.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from glasshouse.align.constitution import Constitution, messages_of
-from glasshouse.align.engines import Chat, Engine
+from glasshouse.align.engines import Chat, Engine, Unreadable
 from glasshouse.align.rows import Row, Rows, read_rows
 from glasshouse.base.config import Frozen
 from glasshouse.base.digest import digest_of
@@ -55,6 +57,7 @@ class RevisionSummary:
     revisions: dict[str, int]  # by state
     by_principle: dict[str, dict[str, int]]
     usable: Score | None  # share of revisions that are trained on; None without revisions
+    malformed: int = 0  # replies that could not be read: the same command asks for them again
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,10 @@ class _Job:
         self.shots = worked_examples(constitution, settings.shots)
 
     def ask(self, questions: Sequence[tuple[_Question, Row | None]]) -> list[Row]:
-        """The row of every question, asked now unless it is there. A question comes with its chain's root."""
+        """The row of every question, asked now unless it is there. A question comes with its chain's root.
+
+        A reply that could not be read gives a row that says so, under a key of its own.
+        """
         keys = [self._key(q) for q, _ in questions]
         missing = [k for k, key in enumerate(keys) if key not in self.rows]
         if missing:
@@ -98,8 +104,20 @@ class _Job:
                 [seed_from(keys[k]) for k in missing],
             )
             for k, text in zip(missing, texts, strict=True):
-                self.rows.add(self._row(keys[k], *questions[k], text.strip()))
+                row = self._row(keys[k], *questions[k], text.strip())
+                if isinstance(text, Unreadable):
+                    row = self._unread(row)
+                    keys[k] = row["key"]
+                self.rows.add(row)
         return [self._found(key) for key in keys]
+
+    def _unread(self, row: Row) -> Row:
+        """The row of a reply that could not be read: the question's own key stays free for a later run."""
+        key = row["key"]
+        free = next(
+            name for n in range(len(self.rows) + 1) if (name := f"{key}-malformed-{n}") not in self.rows
+        )
+        return row | {"key": free, "instead_of": key, "state": "malformed"}
 
     def _key(self, q: _Question) -> str:
         return digest_of(
@@ -159,6 +177,8 @@ def _rounds(job: _Job, answers: list[Row]) -> None:
     """Take answers through all rounds, side by side."""
     last = list(answers)  # the last text of each chain that is worth revising
     for number in range(1, job.settings.rounds + 1):
+        if not answers:
+            return
         drawn = [
             job.constitution.draw(generator("principle", job.settings.seed, a["key"], number))[0]
             for a in answers
@@ -177,6 +197,10 @@ def _rounds(job: _Job, answers: list[Row]) -> None:
                 for answer, text, principle in zip(answers, last, drawn, strict=True)
             ]
         )
+        # A chain whose critique or revision could not be read waits for the next run.
+        going = [k for k, critique in enumerate(critiques) if critique["state"] != "malformed"]
+        answers, last, critiques = ([some[k] for k in going] for some in (answers, last, critiques))
+        drawn = [drawn[k] for k in going]
         revisions = job.ask(
             [
                 (
@@ -195,6 +219,8 @@ def _rounds(job: _Job, answers: list[Row]) -> None:
             ]
         )
         last = [new if new["state"] == "ok" else old for old, new in zip(last, revisions, strict=True)]
+        going = [k for k, revision in enumerate(revisions) if revision["state"] != "malformed"]
+        answers, last = ([some[k] for k in going] for some in (answers, last))
 
 
 def _talk(job: _Job, answer: Row, text: Row) -> tuple[tuple[str, str], ...]:
@@ -226,6 +252,9 @@ def worked_examples(constitution: Constitution, n: int) -> tuple[tuple[str, str]
 
 def summarise(rows: Sequence[Row]) -> RevisionSummary:
     """Count rows by what became of them."""
+    rows = standing(rows)
+    unread = sum(r["state"] == "malformed" for r in rows)
+    rows = [r for r in rows if r["state"] != "malformed"]
     revisions = [r for r in rows if r["kind"] == "revision"]
     answers = [r for r in rows if r["kind"] == "answer"]
     states = Counter(r["state"] for r in revisions)
@@ -240,7 +269,19 @@ def summarise(rows: Sequence[Row]) -> RevisionSummary:
         revisions={s: states[s] for s in ("ok", "empty", "identical")},
         by_principle=dict(sorted(by.items())),
         usable=rate(states["ok"], len(revisions)) if revisions else None,
+        malformed=unread,
     )
+
+
+def standing(rows: Sequence[Row]) -> list[Row]:
+    """Rows without those of unreadable replies that a later run read, or could not read again."""
+    read = {r["key"] for r in rows}
+    last = {r["instead_of"]: r["key"] for r in rows if "instead_of" in r}
+    return [
+        r
+        for r in rows
+        if "instead_of" not in r or (r["instead_of"] not in read and last[r["instead_of"]] == r["key"])
+    ]
 
 
 def job_rows(path: str | Path, job: str | None = None) -> list[Row]:
@@ -259,7 +300,7 @@ def job_rows(path: str | Path, job: str | None = None) -> list[Row]:
                 f"{path} has no job {job!r}; it has {', '.join(j[:16] for j in jobs) or 'no rows'}"
             )
         rows = [r for r in rows if r["job"] == found[0]]
-    return rows
+    return standing(rows)
 
 
 def _conversation(prompt: str | Chat) -> tuple[tuple[str, str], ...]:

@@ -26,12 +26,14 @@ from torch import Tensor
 from glasshouse.align.collect import Rollout, collect, critic, minibatch, settled
 from glasshouse.align.dpo import dpo_loss
 from glasshouse.align.files import PolicyFiles, without_critic
+from glasshouse.align.heldout import HeldOut
 from glasshouse.align.kl import kl_k3
 from glasshouse.align.losses import masked_mean, mean_over, ppo_clip, value_clip
 from glasshouse.align.policy import Policy, Prompts, RLConfig
 from glasshouse.align.reward import Reward, reward_loss
 from glasshouse.align.rollout import Embedded, Rollouts
 from glasshouse.align.sequences import read
+from glasshouse.align.watch import Online, ProxyParted
 from glasshouse.base.errors import UsageError
 from glasshouse.train import Loss
 from glasshouse.train.objective import Objective, autocast
@@ -110,9 +112,10 @@ OBJECTIVES: dict[str, Objective] = {"ppo": ppo, "grpo": grpo, "dpo": dpo_loss, "
 
 
 class PolicyTrainee(PolicyFiles):
-    """How `train.run_stages` trains a `Policy`. ``probes`` are measured on every rollout and never learnt
-    from ("gold", "evasive", ...): their means stand in the rows of kind "rl", which come every
-    ``monitor_every`` steps. ``rollouts``: None for this process; whoever gave one closes it.
+    """How `train.run_stages` trains a `Policy`. ``probes`` are measured on every rollout's answers and never
+    learnt from ("evasive", ...); ``held_out`` on answers to prompts of its own; ``watch`` reads both as they
+    come. Their numbers stand in the rows of kind "rl", which come every ``monitor_every`` steps.
+    ``rollouts``: None for this process; whoever gave one closes it.
     """
 
     def __init__(
@@ -121,9 +124,13 @@ class PolicyTrainee(PolicyFiles):
         reward: Reward,
         *,
         probes: Mapping[str, Reward] | None = None,
+        held_out: HeldOut | None = None,
+        watch: Online | None = None,
         rollouts: Rollouts | None = None,
     ):
-        self.how, self.reward = how, reward
+        if how.on_flag == "stop" and watch is None:
+            raise UsageError("on_flag = 'stop' needs a watch: give PolicyTrainee(watch=Online())")
+        self.how, self.reward, self.held_out, self.watch = how, reward, held_out, watch
         self.probes, self.rollouts = dict(probes or {}), rollouts or Embedded()
         self.dtype = "fp32"
 
@@ -137,18 +144,38 @@ class PolicyTrainee(PolicyFiles):
         model.rollout, self.dtype = None, dtype
 
     def batch(self, batch: Prompts, model: Policy, where: str) -> Update:
-        """Draw a rollout if the step begins one. Raises as `collect`."""
+        """Draw a rollout if the step begins one. Raises as `collect`, and `ProxyParted` for an alarm of the
+        watch, before the update."""
         how, first = self.how, batch.step - batch.step % self.how.updates
         rollout = model.rollout
         if rollout is None or rollout.first != first:
             with autocast(self.dtype, model.device):
                 rollout = collect(model, batch, how, self.rollouts, self.reward, self.probes, where)
+                rollout.row.update(self._measured(model, rollout.row, batch.step, where))
                 if how.method == "grpo":
                     rollout = settled(rollout, how)
                 elif how.updates > 1:  # else the update's own forward pass gives the values
                     rollout = settled(rollout, how, critic(model, rollout.sequences))
             model.rollout = rollout
         return Update(minibatch(rollout, batch.step, how), how, rollout.shards)
+
+    def _measured(self, model: Policy, row: dict[str, Any], step: int, where: str) -> dict[str, float]:
+        """What stands beside a rollout's own numbers: held-out scores, and what the watch says of them."""
+        found: dict[str, float] = {}
+        if self.held_out is not None and self.held_out.due(step // self.how.updates):
+            found = self.held_out.measure(model, self.how, self.rollouts, step, where)
+        if self.watch is None:
+            return found
+        if step == 0:
+            self.watch.again([])
+        found |= self.watch.take(row | found)
+        if found.get("flagged") and self.how.on_flag == "stop":
+            raise ProxyParted(
+                f"{where}: the reward has parted from what it is for at a distance of {found['d']:.3g} "
+                f"(root of nats); {found.get('lost', 0.0):.0%} of the best gain is gone by the fitted curve. "
+                "Everything up to here is saved: take a checkpoint before the peak, or mend the reward"
+            )
+        return found
 
     def after_update(
         self, model: Policy, optimizers: Optimizers, batch: Update, loss: Loss, step: int

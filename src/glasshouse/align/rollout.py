@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import safetensors.torch
 import torch
 
-from glasshouse.align.engines import Engine
+from glasshouse.align.engines import Engine, Unreadable
 from glasshouse.base.config import parse
 from glasshouse.base.errors import UsageError
 from glasshouse.model import GPT, GPTConfig
@@ -291,6 +291,8 @@ class EngineRollouts:
         return [self._answer(text, how.max_new_tokens) for text in texts]
 
     def _answer(self, text: str, limit: int) -> Answer:
+        if isinstance(text, Unreadable):  # the policy said something, and nobody knows what
+            return Answer([], False)
         ids = self.encode(text)[:limit]
         ended = len(ids) < limit
         return Answer([*ids, self.end] if ended else ids, ended)

@@ -7,14 +7,16 @@ this room.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from glasshouse.base.errors import Halt
 from glasshouse.base.overopt import Form, Peak
 from glasshouse.base.overwatch import Reading, Watch
-from glasshouse.base.rlrows import Drift, drifts, measurements, read_rows, source
+from glasshouse.base.rlrows import SCORES, Drift, drifts, measurements, read_rows, source
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,38 @@ def report_file(metrics: Path, level: float = 0.05, form: Form = "rl") -> Report
     return report(read_rows(metrics), level, form)
 
 
+class ProxyParted(Halt):
+    """The reward that is trained on has parted from what it is for: the watch raised its alarm."""
+
+
+KEPT = ("kl", "kl_k3", "reward", *(f"{name}{what}" for name in SCORES for what in ("", "_se")))
+
+
 class Online:
     """The watch row by row. ``level`` bounds the chance that an honest run is ever flagged."""
 
     def __init__(self, level: float = 0.05, form: Form = "rl") -> None:
-        self._watch, self._rows, self._seen = Watch(level, form), list[Mapping[str, Any]](), 0
+        self.level, self.form = level, form
+        self.again([])
+
+    def again(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Begin anew, with rows that were taken before (`kept` of a checkpoint)."""
+        self._watch, self._rows, self._seen = Watch(self.level, self.form), list[Mapping[str, Any]](), 0
+        for row in rows:
+            self.take(row)
+
+    @property
+    def kept(self) -> list[dict[str, Any]]:
+        """What of the rows so far the watch has to see again after a restart."""
+        return [{key: row[key] for key in KEPT if key in row} for row in self._rows]
 
     def take(self, row: Mapping[str, Any]) -> dict[str, float]:
         """Add a row of kind "rl"; return numbers to write into it, none where it measures nothing new.
 
         "watch" is the evidence as a share of what raises the alarm, "flagged" 0 or 1 and stays 1, "peak_d"
-        the distance at which the gold score is foretold to peak.
+        the distance at which the gold score is foretold to peak with the interval "peak_low" to "peak_high",
+        "peak_gold" the score foretold there, "fitted" the fitted curve here, "lost" the share of its gain
+        that is gone. An interval without an end has no "peak_high".
         """
         self._rows.append(row)
         found = measurements(self._rows)
@@ -77,8 +100,14 @@ class Online:
             return {}
         self._seen, m = len(found), found[-1]
         reading = self._watch.take(m.d, m.gold, m.se, m.proxy)
-        peak = None if reading.curve is None else reading.curve.peak
-        told = {"watch": reading.value, "flagged": float(reading.alarm)}
-        return told | (
-            {"peak_d": peak.d, "peak_low": peak.low, "peak_high": peak.high} if peak is not None else {}
-        )
+        told = {"watch": reading.value, "flagged": float(reading.alarm), "d": m.d}
+        if reading.curve is not None:
+            told |= {"fitted": reading.curve.at(m.d)[0], "lost": reading.lost or 0.0}
+            if (peak := reading.curve.peak) is not None:
+                told |= {
+                    "peak_d": peak.d,
+                    "peak_low": peak.low,
+                    "peak_high": peak.high,
+                    "peak_gold": peak.score,
+                }
+        return {key: float(x) for key, x in told.items() if math.isfinite(x)}
