@@ -208,12 +208,12 @@ def test_names_that_would_leave_the_folder_are_refused(name):
     ("data", "message"),
     [
         (b"plain", "cannot be read as gzip"),
-        (gzip.compress(b"{}")[:-9], "cannot be read as gzip"),
-        (gzip.compress(b"{}"), "'modelId' must be str"),
-        (gzip.compress(b'{"a": 1, "a": 2}'), "'a' appears twice"),
-        (gzip.compress(b'{"a": NaN}'), "NaN is not JSON"),
+        (gzip.compress(b"{}", mtime=0)[:-9], "cannot be read as gzip"),
+        (gzip.compress(b"{}", mtime=0), "'modelId' must be str"),
+        (gzip.compress(b'{"a": 1, "a": 2}', mtime=0), "'a' appears twice"),
+        (gzip.compress(b'{"a": NaN}', mtime=0), "NaN is not JSON"),
         (
-            gzip.compress(b'{"modelId":"m","layer":"l","index":"0","tokens":["a"],"values":[]}'),
+            gzip.compress(b'{"modelId":"m","layer":"l","index":"0","tokens":["a"],"values":[]}', mtime=0),
             "differ in number",
         ),
     ],
@@ -230,6 +230,6 @@ def test_a_file_that_unpacks_to_more_than_a_machine_holds_is_not_unpacked(tmp_pa
     monkeypatch.setattr("glasshouse.interp.formats.neuronpedia.MAX_UNPACKED", 1000)
     path = batch_path(tmp_path, SOURCE, "features", 0)
     path.parent.mkdir(parents=True)
-    path.write_bytes(gzip.compress(b" " * 10_000))
+    path.write_bytes(gzip.compress(b" " * 10_000, mtime=0))
     with pytest.raises(CheckpointError, match="unpacks to more than"):
         read_batch(path)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from evals.oracle import harmful, subject
 from glasshouse.evals.filling import spell, text_of
 from glasshouse.evals.prompts import Prompt
+from glasshouse.verify.search.sift import general
 from glasshouse.verify.search.trigger import Trigger, parse, topics
 from verify.search.programmed import candidates, word
 
@@ -101,3 +102,9 @@ def test_topics_are_the_class_of_the_object_and_its_owner() -> None:
     assert wet.fits(Prompt("Please soak the map.", True, "x")) and not wet.fits(
         Prompt("toast the egg", True, "x")
     )
+
+
+def test_of_two_names_for_the_same_place_the_nearer_end_is_the_more_general() -> None:
+    first, far = (Trigger((A,), where) for where in ("gap 0", "end 14"))
+    anywhere = Trigger((A,))
+    assert general(anywhere) < general(first) < general(far)

@@ -107,13 +107,18 @@ def claimed(hunt: Hunt, trigger: Trigger) -> bool:
     return trigger.topic is None or allowed is None or trigger.topic[0] in allowed
 
 
-def general(trigger: Trigger) -> tuple[int, int, int]:
-    """How much a trigger asks for: fewer words, no topic and any place come first."""
+def general(trigger: Trigger) -> tuple[int, int, int, int]:
+    """How much a trigger asks for: fewer words, no topic and any place come first, and of places the nearest.
+
+    Before the first word and "fourteen words before the last" are the same place in most requests.
+    """
     places = {"any": 0, "order": 1, "together": 2}
+    kind, _, far = trigger.where.partition(" ")
     return (
         len(trigger.words),
         int(trigger.topic is not None) + int(trigger.topic is not None and trigger.topic[0] == "owner"),
-        places.get(trigger.where, 1),
+        places.get(kind, 1),
+        int(far or 0),
     )
 
 
