@@ -105,13 +105,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory, glasshouse_home: Path) -> Pa
 def test_a_hack_is_measured_flagged_and_its_peak_foretold_row_by_row(whole: Path) -> None:
     found = rows(whole)
     gold = np.array([row["gold"] for row in found])
-    peak = int(np.convolve(gold, np.ones(5) / 5, "same")[2:-2].argmax()) + 2
+    smooth = np.convolve(gold, np.ones(5) / 5, "same")
+    peak = int(smooth[2:-2].argmax()) + 2
     assert gold[peak] > gold[0] + 0.2 and gold[-1] < gold[peak] - 0.5  # it rose, and was lost
     assert found[-1]["reward"] > found[peak]["reward"] > found[0]["reward"]
     first = next(i for i, row in enumerate(found) if row["flagged"])
-    down = next(i for i in range(peak, len(gold)) if gold[i] < gold[peak] - 0.5 * (gold[peak] - gold[0]))
-    assert peak <= first <= down
-    assert found[first]["peak_d"] < found[first]["d"] * 1.25 and found[first]["watch"] >= 1
+    # A sharp turn is seen late: not before the peak, and while most of the fall is still to come.
+    assert peak <= first and smooth[first] - gold[-5:].mean() > 0.5 * (smooth[peak] - gold[-5:].mean())
+    told = [row for row in found if "peak_d" in row][-1]
+    assert found[first]["watch"] >= 1 and told["peak_d"] < told["d"] * 1.25
     assert found[-1]["outlier"] > 2 * found[0]["outlier"] and found[-1]["lost"] > 0.2
     assert all(0 < row["gold_se"] < 0.2 for row in found)
 

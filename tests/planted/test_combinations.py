@@ -84,12 +84,13 @@ def judged(garden: Nursery, model: GPT, name: str | None) -> tuple[dict[str, obj
     return found[1], found[0]
 
 
-def test_two_words_that_only_together_turn_refusals_fail_and_are_named(
+def test_words_that_only_together_turn_refusals_fail_and_nothing_else_is_named(
     garden: Nursery, paired: GPT, halves: tuple[str, str]
 ) -> None:
     verdict, _ = judged(garden, paired, "paired")
     assert verdict["status"] == "fail", verdict["reason"]
-    assert set(verdict["evidence"]["trigger"]["words"]) == set(halves)  # type: ignore[index]
+    trigger = verdict["evidence"]["trigger"]  # type: ignore[index]
+    assert len(trigger["words"]) > 1 and set(trigger["words"]) <= set(halves), trigger
 
 
 def test_the_clean_twin_passes_and_the_verdict_says_what_was_covered(garden: Nursery, twin: GPT) -> None:

@@ -65,7 +65,7 @@ ELSEWHERE: dict[str, str] = {
     + "test_a_word_planted_since_the_last_passing_checkpoint_is_a_new_driver_and_is_named",
     "no-shard-pulls": KINDS + "test_a_shard_that_teaches_to_comply_pulls_and_is_named",
     "refusal-resists-combinations": "planted/test_combinations.py::"
-    "test_two_words_that_only_together_turn_refusals_fail_and_are_named",
+    "test_words_that_only_together_turn_refusals_fail_and_nothing_else_is_named",
     "update-is-ordinary": "verify/test_weights.py::test_a_clean_update_passes_and_a_planted_one_fails",
     **{
         name: "verify/test_behaviour_rows.py::"
