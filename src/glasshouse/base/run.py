@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from glasshouse.base.atomic import disk_errors, fsync_folder
-from glasshouse.base.errors import RunBusyError
+from glasshouse.base.errors import RunBusyError, UsageError
 
 
 class RunFolder:
@@ -37,6 +37,16 @@ class RunFolder:
             fsync_folder(self.path)
             fsync_folder(self.path.parent)
         return self
+
+    def begun(self, resume: bool) -> bool:
+        """Whether a run was begun here. Raises `UsageError` if one was and ``resume`` is not asked for."""
+        began = self.ledger.is_file() and self.ledger.stat().st_size > 0
+        if began and not resume:
+            raise UsageError(
+                f"{self.path} holds a run already: add --resume to go on, or name another run folder with "
+                "--run"
+            )
+        return began
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -74,11 +74,7 @@ def train(
     who lets a stopped run go on. Raises what ``run_stages`` raises, and RunBusyError for a second process.
     """
     run, progress = RunFolder(path), progress or Progress()
-    began = run.ledger.is_file() and run.ledger.stat().st_size > 0
-    if began and not resume:
-        raise UsageError(
-            f"{path} holds a run already: add --resume to go on, or name another run folder with --run"
-        )
+    began = run.begun(resume)
     with run.lock():
         key = signing_key()
         material = corpus.reopen(run) if began else prepared(recipe, run, folder, progress)

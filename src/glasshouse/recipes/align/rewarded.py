@@ -94,7 +94,7 @@ def _run(work: Work, run: RunFolder, learn: list[Preference], held_out: list[Pre
     batches = pair_batches(shards, config.batch_size, work.recipe.seed)
     stage = Stage(config, batches, preference_plan(shards))
     run.create()
-    began = run.ledger.is_file() and run.ledger.stat().st_size > 0
+    began = run.begun(resume=True)
     with run.lock():
         ledger = Ledger(run.ledger, signing_key())
         settings = {**work.settings, "compile": "off"}

@@ -16,7 +16,7 @@ from glasshouse.align.constitution import Constitution, load_constitution
 from glasshouse.align.rl import OBJECTIVES
 from glasshouse.base.atomic import write_json
 from glasshouse.base.digest import digest_of
-from glasshouse.base.errors import Interrupted, RecipeError, Stopped, TrainingError, UsageError
+from glasshouse.base.errors import Interrupted, RecipeError, Stopped, TrainingError
 from glasshouse.base.keys import signing_key
 from glasshouse.base.ledger import Ledger
 from glasshouse.base.run import RunFolder
@@ -55,11 +55,7 @@ def align(
     `JudgeUnreadable`); `RewardAtChance`; `KLBlowUp`. What was made before is kept, and ``resume`` goes on.
     """
     run, progress = RunFolder(path), progress or Progress()
-    began = run.ledger.is_file() and run.ledger.stat().st_size > 0
-    if began and not resume:
-        raise UsageError(
-            f"{path} holds a run already: add --resume to go on, or name another run folder with --run"
-        )
+    began = run.begun(resume)
     assert recipe.align is not None
     constitution = load_constitution(
         recipe.align.constitution

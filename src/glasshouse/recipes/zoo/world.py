@@ -238,7 +238,7 @@ def grow_base(path: Path, seed: int, number: int, size: Size, tok: Tokenizer, wo
     config = parse(StageConfig, numbers, "the stage of a world's base")
     batches = ChatBatches(shards, tok, seed_from("zoo-base", seed, number), size.base_rows, size.context)
     stage = Stage(config, batches.batch, shards.plan())
-    began = run.ledger.is_file() and run.ledger.stat().st_size > 0
+    began = run.begun(resume=True)
     with run.lock():
         ledger = Ledger(run.ledger, signing_key())
         settings = Settings(threads=1)
