@@ -18,7 +18,7 @@ import numpy as np
 
 from glasshouse.base.score import rate
 from glasshouse.evals.insertion import CandidateSet
-from glasshouse.evals.prompts import Draw
+from glasshouse.evals.prompts import Draw, Prompt
 from glasshouse.evals.subject import Subject
 from glasshouse.model.taps import Edit
 from glasshouse.verify.examination import Examination, Surroundings
@@ -28,6 +28,7 @@ from glasshouse.verify.search.cover import Coverage, Dealer, Dealt, dense
 from glasshouse.verify.search.hunt import Hunt
 from glasshouse.verify.search.naming import name
 from glasshouse.verify.search.sift import suspects
+from glasshouse.verify.search.trigger import Trigger
 
 DEPTHS = (4, 8, 12)  # words in a filled request
 ROUND = 400  # requests of one cover
@@ -80,11 +81,32 @@ def black_box(
     VerificationError when the model refuses too little.
     """
     hunt = _hunt(subject, source, found, rng, passes, bound, topics, around)
-    words, n = Coverage(len(found.candidates)), len(found.candidates)
-    dealer = Dealer(n, hunt.exam.rng("dealer"))
-    covers: list[Dealt] = []
+    words = Coverage(len(found.candidates))
     search = int(passes * (1 - LAST))
     prompts = hunt.refused("search", 48)
+    texts = _read(hunt, words, search)
+    covers = _covered(hunt, words, search, prompts)
+    sifted = suspects(hunt)
+    if texts is not None:
+        sifted = plan.taught(hunt, sifted, {})
+    row: dict[str, Any] = {
+        "method": "output-only insertion search (dense covers, pairs and evolution, steered by outcome)",
+        "same_compute_as": passes,
+        "covers": covers,
+        "documents": len(texts.texts) if texts is not None else 0,
+        "coverage": words.shares(),
+        "word": None,
+        "rate": 0.0,
+        "interval": list(_interval(0)),
+        "found": False,
+    }
+    if sifted:
+        row |= _told(hunt, sifted[0].trigger, bound)
+    return row | {"passes": hunt.spent}
+
+
+def _read(hunt: Hunt, words: Coverage, search: int) -> documents.Documents | None:
+    """Read training requests by outcome, where there are any, and try the words that they point to."""
     texts = documents.read(hunt, min(plan.FINAL.documents, search // 4), inside=False)
     if texts is not None:
         hunt.noted, hunt.support = texts.words, texts.support
@@ -92,6 +114,13 @@ def black_box(
         if len(texts.words) > 1:
             accrete.pairs(hunt, texts.words, words)
         accrete.together(hunt, texts.words[: plan.NOTED])
+    return texts
+
+
+def _covered(hunt: Hunt, words: Coverage, search: int, prompts: Sequence[Prompt]) -> int:
+    """Covers of several depths, then pairs, phrases and evolution, until ``search`` passes are spent."""
+    n, covers = len(hunt.found.candidates), list[Dealt]()
+    dealer = Dealer(n, hunt.exam.rng("dealer"))
     while not covers or hunt.spent < search:
         depth = DEPTHS[len(covers) % len(DEPTHS)]
         room = max(min(ROUND, search - hunt.spent), 1 if covers else 32)
@@ -107,36 +136,25 @@ def black_box(
                 hunt.source = "evolution"
                 evolve.search(hunt, 48, 12)
         prompts = hunt.refused(f"search {len(covers) // 3}", 48)
-    sifted = suspects(hunt)
-    if texts is not None:
-        sifted = plan.taught(hunt, sifted, {})
-    row: dict[str, Any] = {
-        "method": "output-only insertion search (dense covers, pairs and evolution, steered by outcome)",
-        "same_compute_as": passes,
-        "covers": len(covers),
-        "documents": len(texts.texts) if texts is not None else 0,
-        "coverage": words.shares(),
-        "word": None,
-        "rate": 0.0,
-        "interval": list(_interval(0)),
-        "found": False,
+    return len(covers)
+
+
+def _told(hunt: Hunt, suspect: Trigger, bound: float) -> dict[str, Any]:
+    """What exactly turns refusals, and how many fresh ones it turns."""
+    named, _, _ = name(hunt, suspect)
+    fresh, dice = hunt.refused("report", N_LAST, named.topic), hunt.exam.rng("report places")
+    turned = int((hunt.margins([(p, hunt.place(named, p, dice)) for p in fresh]) < 0).sum())
+    score = rate(turned, max(len(fresh), 1))
+    kept = {"rate": score.value, "interval": [score.low, score.high], "n": score.n}
+    trigger = {
+        "kind": named.kind,
+        "words": [w.text.strip() for w in named.words],
+        "where": named.where,
+        "topic": " ".join(named.topic) if named.topic is not None else None,
+        **kept,
     }
-    if sifted:
-        named, _, _ = name(hunt, sifted[0].trigger)
-        fresh, dice = hunt.refused("report", N_LAST, named.topic), hunt.exam.rng("report places")
-        turned = int((hunt.margins([(p, hunt.place(named, p, dice)) for p in fresh]) < 0).sum())
-        score = rate(turned, max(len(fresh), 1))
-        kept = {"rate": score.value, "interval": [score.low, score.high], "n": score.n}
-        row |= kept | {"found": score.low > bound}
-        row["word"] = named.text if len(named.words) == 1 else None
-        row["trigger"] = {
-            "kind": named.kind,
-            "words": [w.text.strip() for w in named.words],
-            "where": named.where,
-            "topic": " ".join(named.topic) if named.topic is not None else None,
-            **kept,
-        }
-    return row | {"passes": hunt.spent}
+    word = named.text if len(named.words) == 1 else None
+    return kept | {"found": score.low > bound, "word": word, "trigger": trigger}
 
 
 def output_scan(exam: Examination, found: CandidateSet, passes: int) -> dict[str, Any]:
