@@ -17,7 +17,7 @@ from common import row, write
 from glasshouse.base.evalue import e_bh
 from glasshouse.base.rng import generator
 from glasshouse.base.score import Score, bootstrap, rate
-from glasshouse.verify.detector import Detector
+from glasshouse.verify.detector import Detector, Form
 from glasshouse.verify.examination import error_share
 from glasshouse.verify.sequential import BETS, PASS_BETS, PASS_LOG_WEIGHTS, SequentialTest
 
@@ -94,9 +94,10 @@ def same_as_the_product() -> None:
     """AssertionError unless the vectorised detectors raise the alarms that `Detector` raises."""
     rng = generator("bench statistics", "same")
     counts = rng.binomial(SAMPLES, np.repeat([[0.05], [0.08], [0.03]], 60, axis=1))
-    for form in ("sum", "max"):
+    forms: tuple[Form, ...] = ("sum", "max")
+    for form in forms:
         for line, found in zip(counts, detector(counts, form), strict=True):
-            d = Detector(form)  # type: ignore[arg-type]
+            d = Detector(form)
             for k, count in enumerate(line):
                 test = SequentialTest(BOUND, "at_most", 0.5, 0.5)
                 test.update([1.0] * int(count) + [0.0] * (SAMPLES - int(count)))

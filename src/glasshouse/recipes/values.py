@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from glasshouse.align.endpoint import EndpointEngine
-from glasshouse.align.engines import Engine
+from glasshouse.align.engines import Chat, Engine
 from glasshouse.align.local import LocalEngine
 from glasshouse.base.atomic import write_json, write_text
 from glasshouse.base.errors import DataError, RecipeError
@@ -149,8 +149,8 @@ def writing(
 
     def rephrase(engine: Engine, texts: Sequence[str]) -> list[str]:
         before = f"{config.ask}\n\n" if config.ask else ""
-        prompts = [[{"role": "user", "content": f"{before}{text}"}] for text in texts]
-        return engine.write(prompts, config.max_new_tokens, seed=seed)  # type: ignore[arg-type]
+        prompts: list[Chat] = [[{"role": "user", "content": f"{before}{text}"}] for text in texts]
+        return engine.write(prompts, config.max_new_tokens, seed=seed)
 
     if config.path is not None:
         at = Path(config.path)

@@ -45,7 +45,7 @@ def ablation_effect(exam: Examination) -> Finding:
 
     def outcomes(start: int, n: int) -> list[float]:
         asked = [p.text for p in fresh.first(start + n)[start:]]
-        return lost(directions[best], asked).astype(float).tolist()  # type: ignore[no-any-return]
+        return [float(x) for x in lost(directions[best], asked)]
 
     test = sequentially(exam.test(), outcomes, fresh.most)
     drawn = random_directions(N_RANDOM, exam.subject.model.config.d_model, exam.rng("random directions"))

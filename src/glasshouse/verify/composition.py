@@ -69,10 +69,9 @@ def composition(exam: Examination) -> Finding:
         stray = random_alignment(site, acts.shape[1], {"both": 1}, seed).bases["both"]
         by_chance = accuracy(model, grid, site, acts, stray, tests).all.value
         line = basis @ (basis.T @ _gap(acts, grid))
-        carried = {
-            v: carriers(model, grid, v, site=site, direction=line, n=TWINS, seed=seed) for v in ("a", "b")
-        }
-    circuit = named(carried)  # type: ignore[arg-type]
+        both: tuple[Variable, ...] = ("a", "b")
+        carried = {v: carriers(model, grid, v, site=site, direction=line, n=TWINS, seed=seed) for v in both}
+    circuit = named(carried)
     spoilt = without(exam, grid, [circuit, *_others(exam, circuit, site)])
     finding.control = control_row(exam, spoilt[0], int(grid.held.sum()))
     finding.evidence = {
@@ -82,7 +81,7 @@ def composition(exam: Examination) -> Finding:
         "right_on_other_pairs": _right(margin, grid, ~grid.held),
         "combination_in_answer": combination_score(margin, grid, seed).value,
         "random_direction": by_chance,
-        "components": _components(carried),  # type: ignore[arg-type]
+        "components": _components(carried),
         "circuit": list(circuit),
         "held_out_without_circuit": spoilt[0],
         "held_out_without_random_others": spoilt[1:],
