@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from glasshouse.base.errors import DiskError, RunBusyError
+from glasshouse.base.errors import DiskError, RunBusyError, UsageError
 from glasshouse.base.run import RunFolder
 
 HOLDER = """
@@ -59,3 +59,14 @@ def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises((DiskError, FileExistsError), match="run"):
         RunFolder(tmp_path / "run").create()
+
+
+def test_a_run_is_begun_by_its_first_ledger_entry_and_only_resumed_after_it(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run").create()
+    assert not run.begun(resume=False) and not run.begun(resume=True)
+    run.ledger.touch()  # killed before anything was written
+    assert not run.begun(resume=False)
+    run.ledger.write_text("{}\n", "utf-8")
+    assert run.begun(resume=True)
+    with pytest.raises(UsageError, match=r"holds a run already: add --resume"):
+        run.begun(resume=False)
