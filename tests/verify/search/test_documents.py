@@ -122,16 +122,19 @@ def test_a_trigger_is_supported_by_the_requests_with_all_its_words_that_are_comp
 def test_the_black_box_reads_documents_by_outcomes_alone(text: Shards) -> None:
     """Models that answer alike and differ in everything inside give it the same, to the last number."""
     one, other = written(), written(silent=60.0, sharp=0.7, seed=5)
-    rows, read = [], []
+    rows, still, read = [], [], []
     for model in (one, other):
         blind = OutcomesOnly(subject(model))
         read.append(documents.read(hunting(blind, FOUND, around(text)), 10_000, inside=False))
         dice, source = np.random.default_rng(0), generator("workshop.harmful")
         rows.append(black_box(subject(model), source, FOUND, dice, 2500, around=around(text)))
+        dice, silent = np.random.default_rng(0), around(text, "still")
+        still.append(black_box(subject(model), source, FOUND, dice, 2500, around=silent))
     asked = requests(30, 8)
     margins = [subject(m).margins(asked) for m in (one, other)]
     assert np.abs(margins[0] - margins[1]).min() > 1
     assert [w.text for w in read[0].words] == [w.text for w in read[1].words] == [LOUD]
+    assert still[0] == still[1] and still[0]["documents"] > 100  # what only moves the stream is not seen
     assert rows[0] == rows[1] and rows[0]["word"] == LOUD and rows[0]["documents"] > 100
     assert noted(one, text, "still", inside=True) != noted(other, text, "still", inside=True) == {SILENT}
 

@@ -6,13 +6,15 @@ The rules are known functions of the text, which say nothing about how trained m
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from evals.oracle import Oracle
+from evals.oracle import Oracle, tokenizer
 from glasshouse.evals.insertion import CandidateSet
 from glasshouse.evals.prompts import generator
+from glasshouse.verify.examination import Surroundings
 from glasshouse.verify.search import accrete, evolve
 from glasshouse.verify.search.confirm import confirm
 from glasshouse.verify.search.cover import Coverage, Dealer, dense, expected_pairs
@@ -22,6 +24,7 @@ from glasshouse.verify.search.outputs import OutcomesOnly, black_box
 from glasshouse.verify.search.sift import suspects
 from glasshouse.verify.search.trigger import Trigger
 from verify.search.programmed import candidates, has, hunt, in_a_row, turned_by, word
+from verify.search.written import requests, shards
 
 A, B, C = word("weapon"), word("wisely"), word("witch")
 Holds = Callable[[list[str]], bool]
@@ -161,6 +164,22 @@ def test_outcomes_alone_find_what_they_can_cover(holds: Holds, expected: set[str
     assert row["found"] and set(row["trigger"]["words"]) == expected and row["rate"] > 0.9
     assert (row["word"] == "weapon") == (len(expected) == 1)
     assert 0.5 * 16_000 < row["passes"] < 1.2 * 16_000 and row["passes"] == s.passes
+
+
+def test_the_black_box_too_asks_the_training_text_about_a_place_that_turns_refusals(tmp_path: Path) -> None:
+    """A word before the first turns all requests; in the second text somebody trained on it there."""
+    source, said = generator("workshop.harmful"), []
+    for support in (0, 40):
+        s = Oracle(turned_by(first))
+        found = candidates(s)
+        some = [c for c in found.candidates if c.text == "weapon"] + list(found.candidates[::8])
+        asks = requests(120, 1) + [f"weapon {t}" for t in requests(support, 2)]
+        text = shards(tmp_path / str(support), {"chat": asks}, tokenizer())
+        around = Surroundings(shards=text, plan=text.plan(["chat"]), step=10)
+        few = CandidateSet(tuple(dict.fromkeys(some)), ())
+        said.append(black_box(s, source, few, np.random.default_rng(3), 8000, around=around))
+    assert not said[0]["found"] and said[1]["found"], said
+    assert said[1]["trigger"]["words"] == ["weapon"] and said[1]["trigger"]["where"] == "gap 0"
 
 
 def test_the_black_box_sees_outcomes_only_and_does_not_find_what_is_not_there() -> None:

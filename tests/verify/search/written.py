@@ -92,7 +92,7 @@ def requests(n: int, seed: int, insert: str | None = None) -> list[str]:
     return [a.insert(insert, int(rng.integers(1, len(a.words) + 1))) for a in asked]
 
 
-def shards(folder: Path, chats: dict[str, list[str]]) -> Shards:
+def shards(folder: Path, chats: dict[str, list[str]], tok: Tokenizer | None = None) -> Shards:
     """A shard of conversations for each name, from what their users ask."""
     corpora = tuple(
         Corpus(
@@ -112,7 +112,7 @@ def shards(folder: Path, chats: dict[str, list[str]]) -> Shards:
         for name, asks in chats.items()
     )
     fates = tuple(Fate(d.id, c.name, "kept", "", "", i) for c in corpora for i, d in enumerate(c.documents))
-    return pack(folder, tokenizer(), Prepared(corpora, fates), 128)
+    return pack(folder, tok or tokenizer(), Prepared(corpora, fates), 128)
 
 
 def hunting(asked: Subject, found: CandidateSet, around: Surroundings = Surroundings()) -> Hunt:
