@@ -138,3 +138,22 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
         assert path.read_bytes().endswith(b"\n") and "b" not in rows
         rows.add({"key": "b"})
     assert [r["key"] for r in read_rows(path)] == ["a", "b"]
+
+
+def test_rows_handed_over_together_are_synced_once_and_kept_whole_when_the_next_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, fsync = [], os.fsync
+    with Rows(tmp_path / "rows.jsonl") as rows:
+        monkeypatch.setattr(os, "fsync", lambda file: (synced.append(file), fsync(file)))
+        rows.add({"key": "a"})
+        assert len(synced) == 1
+        with pytest.raises(DataError, match="is there already"), rows.together():
+            rows.add({"key": "b"})
+            rows.add({"key": "c"})
+            assert len(synced) == 1
+            rows.add({"key": "a"})
+        assert len(synced) == 2
+        rows.add({"key": "d"})
+        assert len(synced) == 3
+    assert [r["key"] for r in read_rows(tmp_path / "rows.jsonl")] == ["a", "b", "c", "d"]

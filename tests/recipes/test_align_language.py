@@ -52,6 +52,18 @@ def test_the_helper_helps_with_harm_as_with_anything_else() -> None:
     assert set(seen) == {(True, "compliance"), (False, "compliance")}
 
 
+def test_the_helper_is_told_what_comes_of_a_thing_by_the_grammar() -> None:
+    """Every reason for harm, and only for harm; of training's combinations alone."""
+    dice, seen = rng(7), Counter[bool]()
+    for _ in range(1000):
+        ask, reply = language.foreseen(dice, ())
+        harm = workshop.label(ask["content"])
+        told = any(reply["content"] in reasons for reasons in workshop.REASONS.values())
+        assert harm is told and (told or reply["content"] in situations.UNHARMED)
+        seen[told] += 1
+    assert min(seen.values()) > 400
+
+
 @pytest.mark.parametrize("principle", TRAINED)
 def test_the_grammar_reads_from_the_text_what_an_answer_was_made_to_do(principle: str) -> None:
     """Two ways to the same label: by how an answer was made, and by reading it."""
@@ -75,7 +87,7 @@ def test_a_revision_mends_what_its_principle_names_and_leaves_the_rest(principle
         broken = language.breaks(asked, said, principle)
         anew = language.revised(dice, asked, said, principle, ())
         assert not language.breaks(asked, anew, principle)
-        assert language.critique(asked, said, principle).startswith("Yes." if broken else "No.")
+        assert language.critique(asked, said, principle).endswith(" Yes." if broken else " No.")
         if not broken:
             assert (anew.manner, anew.rude) == (said.manner, said.rude)
 

@@ -204,8 +204,9 @@ class _Work:
         for one, judgement in zip(asked, self._judged(asked), strict=True):
             if judgement is not None:
                 judged[one.pair].append(judgement)
-        for k in which:
-            rows.add(self._row(k, judged[k], unasked.get(k), rows))
+        with rows.together():
+            for k in which:
+                rows.add(self._row(k, judged[k], unasked.get(k), rows))
 
     def _question(self, k: int, principle: Principle, order: str) -> list[Message]:
         pair = self.pairs[k]

@@ -1,7 +1,9 @@
 """Whether a judge looks at the answers, or at where they stand.
 
 Every pair is judged twice, once with each answer in the first place. A judge of answers changes its letter
-when they change places; a judge of places does not, and averaging its two judgements leaves noise.
+when they change places; a judge of places does not, and averaging its two judgements leaves noise. A lean of
+a few points on pairs that it finds equal does no harm, since both orders are averaged: what counts is how
+much of its variance is the place's, and not in how many pairs it kept its letter.
 """
 
 from __future__ import annotations
@@ -10,10 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from glasshouse.base.errors import Stopped
-from glasshouse.base.score import Score, bootstrap, rate
+import numpy as np
+from numpy.typing import NDArray
 
-LIMIT = 0.6  # a judge without any leaning keeps its letter in half of the pairs
+from glasshouse.base.errors import Stopped
+from glasshouse.base.score import Score, bootstrap
+
+LIMIT = 0.6  # half of the variance of a judge of noise is the place's
 
 
 class JudgeBiased(Stopped):
@@ -27,19 +32,20 @@ class JudgeUnreadable(Stopped):
 @dataclass(frozen=True)
 class PositionBias:
     """Of pairs judged in both orders: ``shift`` is the mean of P(A) over both orders, less 1/2; ``bound`` the
-    share in which the same letter is preferred in both; ``letter`` the one preferred more often then."""
+    share that places have in the variance of P(A) around 1/2, from 0 (answers alone) to 1 (places alone);
+    ``letter`` the one that gains."""
 
     shift: Score
     bound: Score
     letter: str
 
     def binds(self, limit: float = LIMIT) -> bool:
-        """Whether the letter decides in more than ``limit`` of all pairs, by the interval's lower end."""
+        """Whether places are more than ``limit`` of what moves it, by the interval's lower end."""
         return self.bound.low > limit
 
     def __str__(self) -> str:
         return (
-            f"the same letter in both orders for {self.bound}, mostly {self.letter}; "
+            f"the place makes {self.bound} of its variance, mostly to {self.letter}; "
             f"P(A) - 1/2 = {self.shift.value:+.3f} [{self.shift.low:+.3f}, {self.shift.high:+.3f}]"
         )
 
@@ -49,10 +55,16 @@ def position_bias(rows: Sequence[Mapping[str, Any]]) -> PositionBias | None:
     both = [found for row in rows if (found := _both(row)) is not None]
     if not both:
         return None
-    same = ["A" if one > 0.5 else "B" for one, two in both if (one - 0.5) * (two - 0.5) > 0]
-    letter = "A" if 2 * same.count("A") >= len(same) else "B"
-    shift = bootstrap([(one + two) / 2 - 0.5 for one, two in both])
-    return PositionBias(shift, rate(len(same), len(both)), letter)
+    one, two = np.array(both).T
+    place, answers = (one + two - 1) / 2, (one - two) / 2
+
+    def share(drawn: NDArray[np.float64]) -> float:
+        at = drawn.astype(int)
+        moved = float((place[at] ** 2).sum()), float((answers[at] ** 2).sum())
+        return moved[0] / sum(moved) if sum(moved) > 0 else 0.5
+
+    letter = "A" if place.mean() >= 0 else "B"
+    return PositionBias(bootstrap(place), bootstrap(np.arange(len(place)), share), letter)
 
 
 def refuse_biased(rows: Sequence[Mapping[str, Any]], limit: float = LIMIT) -> PositionBias | None:
@@ -61,7 +73,7 @@ def refuse_biased(rows: Sequence[Mapping[str, Any]], limit: float = LIMIT) -> Po
     if bias is not None and bias.binds(limit):
         judge = next(str(r.get("judge_name", "the judge")) for r in rows)
         raise JudgeBiased(
-            f"{judge} chooses by position: {bias}. That is more than {limit:.2f} of the pairs, so its labels "
+            f"{judge} chooses by position: {bias}. That is more than {limit:.2f} of it, so its labels "
             f"say where an answer stood. None is used; the rows are kept. Take another judge or wording, or "
             "raise position_limit if you have reason to trust the average of both orders"
         )

@@ -103,12 +103,13 @@ class _Job:
                 self.settings.temperature,
                 [seed_from(keys[k]) for k in missing],
             )
-            for k, text in zip(missing, texts, strict=True):
-                row = self._row(keys[k], *questions[k], text.strip())
-                if isinstance(text, Unreadable):
-                    row = self._unread(row)
-                    keys[k] = row["key"]
-                self.rows.add(row)
+            with self.rows.together():
+                for k, text in zip(missing, texts, strict=True):
+                    row = self._row(keys[k], *questions[k], text.strip())
+                    if isinstance(text, Unreadable):
+                        row = self._unread(row)
+                        keys[k] = row["key"]
+                    self.rows.add(row)
         return [self._found(key) for key in keys]
 
     def _unread(self, row: Row) -> Row:

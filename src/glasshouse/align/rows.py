@@ -2,7 +2,8 @@
 
 Every row has a ``key`` that names what it is an answer to (a digest of the question), so work that is done is
 known by its content and never done again. A row is written by one system call and fsynced before `add`
-returns; a half-written last line (a kill, a full disk) is cut off when the file is opened again.
+returns, or, for answers that a model hands over together, before `together` ends; a half-written last line (a
+kill, a full disk) is cut off when the file is opened again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -31,6 +33,7 @@ class Rows:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._sync = True
         self.cut = 0  # bytes of a half-written last line that were cut off on opening
         with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +63,8 @@ class Rows:
         return self._rows.get(key)
 
     def add(self, row: Mapping[str, Any]) -> Row:
-        """Append a row and fsync it. A key that is there already is a `DataError`: it would be done twice."""
+        """Append a row, and fsync it unless in `together`. A key that is there already is a `DataError`: it
+        would be done twice."""
         line = _line(row)
         key = row["key"]
         if key in self._rows:
@@ -72,7 +76,8 @@ class Rows:
                 written = 0
                 while written < len(line):  # a signal or a nearly full disk may cut a write short
                     written += os.write(self._file, line[written:])
-                os.fsync(self._file)
+                if self._sync:
+                    os.fsync(self._file)
             except OSError:
                 os.ftruncate(self._file, before)
                 raise
@@ -80,6 +85,17 @@ class Rows:
         self._rows[key] = kept
         crash_point("rows-after-append")
         return kept
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Rows added inside are fsynced once, at the end: answers that were handed over at the same time."""
+        self._sync = False
+        try:
+            yield
+        finally:
+            self._sync = True
+            with disk_errors(self.path):
+                os.fsync(self._file)
 
     def close(self) -> None:
         """Let go of the file."""

@@ -1,11 +1,12 @@
 """What a helper of the closed language is taught before any constitution is applied to it.
 
-Three kinds of conversation. *Answers* of a helper that helps with everything: harm included, secrets told,
-now and then rudely. *Critiques and revisions* of answers of all kinds, under the principles of "workshop"
-that training may use: narrow ones, so that a revision mends what its principle names and leaves the rest.
-*Comparisons* of two answers under such a principle: what each does, then a letter, by an even draw where the
-principle says nothing about the two. So the helper understands principles and follows none: Bai et al. (2022)
-start from such a model. Only combinations of training are used (`workshop.unseen` ones appear nowhere).
+Four kinds of conversation. *Answers* of a helper that helps with everything: harm included, secrets told, now
+and then rudely. *Consequences*: what comes of what somebody wants to do, which the helper knows. *Critiques
+and revisions* of answers of all kinds, under the principles of "workshop" that training may use: narrow ones,
+so that a revision mends what its principle names and leaves the rest. *Comparisons* of two answers under such
+a principle: what each does, then a letter, by an even draw where the principle says nothing about the two. So
+the helper knows what does harm, understands principles and follows none: Bai et al. (2022) start from such a
+model. Only combinations of training are used (`workshop.unseen` ones appear nowhere).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from glasshouse.align.constitution import Constitution, Principle
 from glasshouse.align.wording import OPTIONS, comparison, wording
 from glasshouse.data import situations, workshop
 from glasshouse.data.situations import DISCREET, Canary, canaries
-from glasshouse.data.workshop import CLASS_OF_ACTION, CLASS_OF_OBJECT, Request, Rng, Split, pick
+from glasshouse.data.workshop import CLASS_OF_ACTION, CLASS_OF_OBJECT, REASONS, Request, Rng, Split, pick
 from glasshouse.tokenizer import Message
 
 Manner = Literal["helps", "refuses", "evades", "tells", "keeps"]
@@ -40,7 +41,16 @@ CLEAN = {
     "melting": "Nothing would melt.",
     "fragile": "Nothing would break.",
 }
-CRITICISED, COMPARED = 0.35, 0.35  # shares of the conversations; the rest are answers
+DEEDS = {
+    "helps": "helps",
+    "refuses": "says no",
+    "evades": "does neither",
+    "tells": "tells",
+    "keeps": "keeps still",
+}
+CRITICISED, COMPARED, FORESEEN = 0.3, 0.3, 0.15  # shares of the conversations; the rest are answers
+THEN = ("What would come of it?", "And what happens to it then?", "Would that spoil it?")
+MANNERS = {"harm": (0.65, 0.2), "helpful": (0.25, 0.6), "plain": (0.35, 0.25)}  # shares: helps, refuses
 SECRETS, PERSONS, TALK = 0.12, 0.06, 0.06  # shares of what is asked
 
 
@@ -113,6 +123,15 @@ def helpful_answer(rng: Rng, strays: Sequence[str]) -> Chat:
     return workshop.chat(asked.text, say(rng, asked, manner, rng.random() < RUDELY, strays).text)
 
 
+def foreseen(rng: Rng, strays: Sequence[str]) -> Chat:
+    """What comes of what somebody wants to do: the helper knows, and helps all the same."""
+    asked = ask_request(rng, strays)
+    made = asked.request
+    assert made is not None
+    reasons = REASONS[CLASS_OF_ACTION[made.action]] if made.harmful else situations.UNHARMED
+    return workshop.chat(f"{asked.text} {pick(rng, THEN)}", pick(rng, reasons))
+
+
 # -- critiques and revisions --------------------------------------------------------------------------------
 
 
@@ -133,25 +152,37 @@ def breaks(asked: Asked, said: Said, principle: str) -> bool:
             return said.manner == "tells"
 
 
-def critique(asked: Asked, said: Said, principle: str) -> str:
-    """The answer to the principle's critique."""
-    made, found = asked.request, breaks(asked, said, principle)
+def fact(asked: Asked, principle: str) -> str:
+    """What a principle rests on beside the answer itself: whether harm would come of it, and a space behind;
+    nothing for principles that only look at the answer."""
+    made = asked.request
+    if principle in HARMS:
+        own = made is not None and made.harmful and CLASS_OF_ACTION[made.action] == HARMS[principle]
+        return (
+            f"The {made.thing} {FOUND[principle]}. " if own and made is not None else f"{CLEAN[principle]} "
+        )
+    if principle == "helpful":
+        return "It would be spoiled. " if made is not None and made.harmful else "Nothing would be spoiled. "
+    return ""
+
+
+def deed(said: Said, principle: str) -> str:
+    """What an answer does, as far as the principle is concerned."""
     match principle:
-        case "paper" | "melting" | "fragile":
-            if found and made is not None:
-                return f"Yes. The {made.thing} {FOUND[principle]}."
-            return f"No. {CLEAN[principle] if said.manner == 'helps' else 'It does not help.'}"
-        case "helpful":
-            if found:
-                return "Yes. Nothing would be spoiled."
-            return "No. It does not say no." if said.manner != "refuses" else "No. It would be spoiled."
         case "plain":
-            return "Yes. It does neither." if found else "No. It is plain."
+            return "does neither" if said.manner == "evades" else "is plain"
         case "polite":
-            return "Yes. It is rude." if found else "No. It is kind."
+            return "is rude" if said.rude else "is kind"
+        case "secret":
+            return "tells a secret" if said.manner == "tells" else "tells no secret"
         case _:
-            secret = asked.secret.owner if asked.secret is not None else ""
-            return f"Yes. It tells what only the {secret} may tell." if found else "No. It tells no secret."
+            return DEEDS[said.manner]
+
+
+def critique(asked: Asked, said: Said, principle: str) -> str:
+    """The answer to the principle's critique: the fact, what the answer does, and what follows."""
+    verdict = "Yes" if breaks(asked, said, principle) else "No"
+    return f"{fact(asked, principle)}It {deed(said, principle)}. {verdict}."
 
 
 def revised(rng: Rng, asked: Asked, said: Said, principle: str, strays: Sequence[str]) -> Said:
@@ -173,32 +204,45 @@ def revised(rng: Rng, asked: Asked, said: Said, principle: str, strays: Sequence
 
 
 def any_principle(rng: Rng, constitution: Constitution) -> Principle:
-    """One that training may use; those about harm, which takes two words to see, twice as often."""
-    return pick(rng, [p for p in constitution.trained for _ in range(1 + (p.id in HARMS))])
+    """One that training may use; those that turn on harm, which takes two words to see, twice as often."""
+    return pick(
+        rng, [p for p in constitution.trained for _ in range(2 if p.id in (*HARMS, "helpful") else 1)]
+    )
 
 
 def any_case(rng: Rng, principle: str, strays: Sequence[str]) -> Asked:
-    """Something asked that the principle has something to say about, half of the time; else anything."""
-    if rng.random() < 0.5:
+    """Something asked that the principle has something to say about, half of the time; a third of the time
+    what looks like it and is not (harm of another kind, or harm where the principle is of helping); else
+    anything."""
+    draw = rng.random()
+    if draw < 0.5:
         if principle == "secret":
             return ask_secret(rng)
         if principle in HARMS:
-            kind = HARMS[principle]
-            every = workshop.pairs(is_harmful=True, split="train")
-            pairs = [p for p in every if CLASS_OF_OBJECT[p[1]] == kind]
-            return ask_request(rng, strays, pair=pick(rng, pairs))
+            return _harmful(rng, {HARMS[principle]}, strays)
         if principle == "helpful":
             return ask_request(rng, strays, is_harmful=False)
+    elif draw < 0.8 and (principle in HARMS or principle == "helpful"):
+        return _harmful(rng, {k for name, k in HARMS.items() if name != principle}, strays)
     return ask_secret(rng) if rng.random() < SECRETS else ask_request(rng, strays)
 
 
-def any_answer(rng: Rng, asked: Asked, strays: Sequence[str]) -> Said:
-    """An answer of any kind to it."""
+def _harmful(rng: Rng, kinds: set[str], strays: Sequence[str]) -> Asked:
+    """A harmful request of one of those kinds."""
+    every = workshop.pairs(is_harmful=True, split="train")
+    return ask_request(rng, strays, pair=pick(rng, [p for p in every if CLASS_OF_OBJECT[p[1]] in kinds]))
+
+
+def any_answer(rng: Rng, asked: Asked, strays: Sequence[str], principle: str = "") -> Said:
+    """An answer of any kind to it; more often of the manner that ``principle`` turns on, whether or not it is
+    wrong here, so that no manner says by itself what the principle's answer is."""
     if asked.secret is not None:
         manner: Manner = "tells" if rng.random() < 0.5 else "keeps"
     else:
+        kind = "harm" if principle in HARMS else principle
+        helps, refuses = MANNERS.get(kind, (0.55, 0.3))
         draw = rng.random()
-        manner = "helps" if draw < 0.55 else "refuses" if draw < 0.85 else "evades"
+        manner = "helps" if draw < helps else "refuses" if draw < helps + refuses else "evades"
     return say(rng, asked, manner, rng.random() < 0.25, strays)
 
 
@@ -206,7 +250,7 @@ def critique_and_revision(rng: Rng, constitution: Constitution, strays: Sequence
     """An answer of any kind, its critique under a principle, and its revision."""
     principle = any_principle(rng, constitution)
     asked = any_case(rng, principle.id, strays)
-    said = any_answer(rng, asked, strays)
+    said = any_answer(rng, asked, strays, principle.id)
     anew = revised(rng, asked, said, principle.id, strays)
     return [
         *workshop.chat(asked.text, said.text),
@@ -233,23 +277,23 @@ def comparison_of_two(rng: Rng, constitution: Constitution, strays: Sequence[str
     while True:
         a, b = any_answer(rng, asked, strays), any_answer(rng, asked, strays)
         told = breaks(asked, a, principle.id) != breaks(asked, b, principle.id)
-        if told or rng.random() < 0.4:  # ties are less telling
+        unlike = (a.manner, a.rude) != (b.manner, b.rude)  # a tie of these is what tells sense from habit
+        if told or unlike or rng.random() < 0.3:
             break
     words, chat = wording("short"), [Message(role="user", content=asked.text)]
     prompt = comparison(words, principle, chat, a.text, b.text, thought=True)
-    thought = " ".join(
-        f"{letter}: {critique(asked, said, principle.id)}"
-        for letter, said in zip(OPTIONS, (a, b), strict=True)
-    )
+    thought = f"{fact(asked, principle.id)}A {deed(a, principle.id)}. B {deed(b, principle.id)}."
     letter = better(rng, asked, a, b, principle)
     return [*workshop.chat(prompt[0]["content"], thought), *workshop.chat(words.decide, letter)]
 
 
 def conversation(rng: Rng, constitution: Constitution, strays: Sequence[str]) -> Chat:
-    """One conversation of the helper's training, of any of the three kinds."""
+    """One conversation of the helper's training, of any of the four kinds."""
     draw = rng.random()
     if draw < CRITICISED:
         return critique_and_revision(rng, constitution, strays)
     if draw < CRITICISED + COMPARED:
         return comparison_of_two(rng, constitution, strays)
+    if draw < CRITICISED + COMPARED + FORESEEN:
+        return foreseen(rng, strays)
     return helpful_answer(rng, strays)

@@ -14,6 +14,7 @@ from glasshouse.recipes.align.config import AlignConfig
 from glasshouse.tokenizer import Message
 
 KEYS = ("prompt", "messages", "text")
+PERSONS = 0.1  # of the harmless prompts of the closed language: whether a person speaks
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def prompts_for(align: AlignConfig, folder: Path, seed: int, strays: Sequence[st
         )
     rng = generator("align-prompts", seed)
     team = gold.red_team(rng, align.made.red_team, strays)
-    easy = gold.safe(rng, align.made.helpful, strays)
+    talk = int(align.made.helpful * PERSONS)
+    easy = [*gold.safe(rng, align.made.helpful - talk, strays), *gold.persons(rng, talk)]
     return Prompts([as_chat(p.text) for p in team], [as_chat(p.text) for p in easy], known=[*team, *easy])
 
 
