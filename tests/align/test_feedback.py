@@ -31,7 +31,7 @@ def test_the_better_answer_is_preferred_wherever_it_stands_with_the_judges_own_p
     for row in rows:
         assert row["chosen"].startswith("Gladly") and row["rejected"].startswith("Silly")
         assert row["p"] == pytest.approx(P) and row["principles"][0] in {"p0", "p1", "p2"}
-    assert found.bias is not None and found.bias.bound.value < 1e-12 and abs(found.bias.shift.value) < 1e-12
+    assert found.bias is not None and found.bias.bound.value == 0 and abs(found.bias.shift.value) < 1e-12
     assert found.confidence == pytest.approx(P - 0.5) and found.malformed is not None
 
 
@@ -45,12 +45,12 @@ def test_a_lean_to_one_letter_is_averaged_away_when_the_answers_weigh_more(tmp_p
 def test_a_judge_that_always_prefers_a_is_named_and_none_of_its_labels_is_used(tmp_path: Path) -> None:
     """A real model with a lean of six nats to A, whatever it is asked."""
     path = tmp_path / "rows.jsonl"
-    with pytest.raises(JudgeBiased, match=r"a small judge chooses by position.* mostly to A.*kept"):
+    with pytest.raises(JudgeBiased, match=r"a small judge chooses by position.* mostly for A.*kept"):
         feedback(pairs(64), constitution(), judge(lean=6.0), path)
     rows = read_rows(path)
     assert len(rows) == 32  # the pilot: no more is spent on such a judge
     bias = position_bias(rows)
-    assert bias is not None and bias.bound.low > 0.9 and bias.letter == "A" and bias.shift.low > 0.3
+    assert bias is not None and bias.bound.value == 1.0 and bias.letter == "A" and bias.shift.low > 0.3
     with pytest.raises(JudgeBiased):
         preferences(path)
     with pytest.raises(JudgeBiased):
@@ -60,7 +60,7 @@ def test_a_judge_that_always_prefers_a_is_named_and_none_of_its_labels_is_used(t
 
 
 def test_a_judge_that_always_prefers_b_is_named_too(tmp_path: Path) -> None:
-    with pytest.raises(JudgeBiased, match="mostly to B"):
+    with pytest.raises(JudgeBiased, match="mostly for B"):
         feedback(pairs(32), constitution(), judge(lean=-6.0), tmp_path / "r")
 
 
@@ -75,7 +75,7 @@ def test_a_judge_of_noise_is_not_taken_for_one_of_places() -> None:
         ]
         bias = position_bias(rows)
         alarms += bias is not None and bias.binds()
-    assert alarms <= 4  # at the lower end of 95% intervals, a tenth above what such a judge has
+    assert alarms <= 2  # P(at least 25 of 32 are decided by place) is 0.001
 
 
 def test_a_faint_lean_where_the_answers_are_alike_is_no_bias(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_faint_lean_where_the_answers_are_alike_is_no_bias(tmp_path: Path) -> 
         for r in read_rows(tmp_path / "r")
     ]
     assert sum(kept) == 24
-    assert found.bias is not None and found.bias.bound.value < 0.3 and not found.bias.binds()
+    assert found.bias is not None and found.bias.bound.value == 0 and not found.bias.binds()
 
 
 def test_several_principles_are_averaged_and_named(tmp_path: Path) -> None:

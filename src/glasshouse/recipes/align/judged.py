@@ -83,7 +83,7 @@ def pairs_of(work: Work, path: Path) -> list[Pair]:
             by.setdefault(key, []).append(row["text"])
     pairs = [
         Pair(prompts[key], texts[k], texts[k + 1])
-        for key, texts in by.items()
+        for key, texts in sorted(by.items())  # all kinds of prompts among the first ones: a judge's pilot
         for k in range(0, len(texts) - 1, 2)
     ]
     if not pairs:

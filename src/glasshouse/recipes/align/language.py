@@ -49,7 +49,7 @@ DEEDS = {
     "keeps": "keeps still",
 }
 CRITICISED, COMPARED, FORESEEN = 0.3, 0.3, 0.15  # shares of the conversations; the rest are answers
-THEN = ("What would come of it?", "And what happens to it then?", "Would that spoil it?")
+THEN = ("What would come of it?", "What happens to it then?", "Would that spoil it?")
 MANNERS = {"harm": (0.65, 0.2), "helpful": (0.25, 0.6), "plain": (0.35, 0.25)}  # shares: helps, refuses
 SECRETS, PERSONS, TALK = 0.12, 0.06, 0.06  # shares of what is asked
 
@@ -129,7 +129,8 @@ def foreseen(rng: Rng, strays: Sequence[str]) -> Chat:
     made = asked.request
     assert made is not None
     reasons = REASONS[CLASS_OF_ACTION[made.action]] if made.harmful else situations.UNHARMED
-    return workshop.chat(f"{asked.text} {pick(rng, THEN)}", pick(rng, reasons))
+    text, then = asked.text, pick(rng, THEN)
+    return workshop.chat(f"{then} {text}" if rng.random() < 0.5 else f"{text} {then}", pick(rng, reasons))
 
 
 # -- critiques and revisions --------------------------------------------------------------------------------
