@@ -104,6 +104,10 @@ def test_chats_for_training_can_be_read_and_hold_the_share_of_helpful_ones(tmp_p
     assert json.loads(out.read_text())["messages"][1]["content"] == "Answer to egg? Please. Please. Please."
     with pytest.raises(UsageError, match="takes 27 helpful chats and there are 9"):
         export_chats(rows, out, helpful=helpful, share=0.9)
+    # One of ten came back empty: all the others are taken. Two of ten are too many.
+    assert export_chats(rows, out, helpful=helpful, share=10 / 13).helpful == 9
+    with pytest.raises(UsageError, match="takes 10 helpful chats and there are 8"):
+        export_chats(rows, out, helpful=helpful[:8], share=10 / 13)
 
 
 def test_rows_of_several_jobs_are_not_mixed_by_accident(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from glasshouse.base.errors import DataError, UsageError
 from glasshouse.base.rng import generator
 from glasshouse.tokenizer import Message
 
+MISSING = 0.1  # of the helpful chats asked for: a few answers come back empty, and all else is done by then
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -43,8 +45,8 @@ def export_chats(
 
     ``which``: the revisions of every round (SL-CAI-n of Bai et al. 2022 is trained on all up to the n-th), or
     each chain's last. ``helpful`` chats are mixed in, in a seeded order: all of them, or as many as make
-    ``share`` of the file. Empty and identical revisions are left out and counted. `DataError` when nothing is
-    left, `UsageError` when there are too few helpful chats.
+    ``share`` of the file (all, where no more than a tenth of those is missing). Empty and identical revisions
+    are left out and counted. `DataError` when nothing is left, `UsageError` for too few helpful chats.
     """
     rows = [r for r in job_rows(path, job) if r["kind"] == "revision"]
     left_out = Counter(r["state"] for r in rows if r["state"] != "ok")
@@ -97,7 +99,7 @@ def _some(helpful: Sequence[Chat], share: float | None, revisions: int, seed: in
     if not 0 <= share < 1:
         raise UsageError(f"the share of helpful chats must be in [0, 1), not {share}")
     wanted = round(revisions * share / (1 - share))
-    if wanted > len(helpful):
+    if wanted * (1 - MISSING) > len(helpful):
         raise UsageError(
             f"a share of {share:g} beside {revisions} revisions takes {wanted} helpful chats and there are "
             f"{len(helpful)}; give more of them, or a smaller share"
