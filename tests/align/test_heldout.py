@@ -16,7 +16,7 @@ from align import bandit
 from align.bandit import new_gpt, rows, train
 from align.test_rl import GRPO, ONE
 from glasshouse.align.collect import collect
-from glasshouse.align.heldout import SHRINK, Cloud, HeldOut, over_prompts, residuals, within
+from glasshouse.align.heldout import OUTLIERS, SHRINK, Cloud, HeldOut, over_prompts, residuals, within
 from glasshouse.align.policy import Policy, Prompts, RLConfig
 from glasshouse.align.rl import PolicyTrainee
 from glasshouse.align.rollout import Embedded
@@ -77,6 +77,19 @@ def test_residuals_are_means_over_an_answer_s_own_predictions() -> None:
     with torch.no_grad():
         alone = gpt.hidden(rows.tokens[:1, :3])[0].mean(dim=0), gpt.hidden(rows.tokens[1:, :2])[0, 1]
     assert torch.allclose(found, torch.stack(alone), atol=1e-5)
+
+
+def test_of_many_answers_an_even_share_is_read_for_outliers() -> None:
+    policy, how = Policy(new_gpt()), RLConfig(group=2, max_new_tokens=2)
+    held_out = HeldOut([(i,) for i in range(5)], bandit.reward, each=120)  # 600 answers: every third
+    said = held_out.measure(policy, how, Embedded(), 0, "here")["outlier"]
+    drawn = {w: held_out._draw(policy.gpt, how, Embedded(), w, 0) for w in ("held-out reference", "held-out")}
+    own, now = (
+        residuals(policy.gpt, held_out.prompts[::3], [a.ids for a in answers[::3]])
+        for answers in drawn.values()
+    )
+    assert len(now) == 200 <= OUTLIERS < 600
+    assert said == pytest.approx(Cloud(own).distance(now))
 
 
 def parted(prompts: Any, answers: Any) -> Tensor:

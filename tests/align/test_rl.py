@@ -169,7 +169,7 @@ def test_many_logits_are_made_in_pieces_with_the_same_gradient(monkeypatch: pyte
         monkeypatch.setattr("glasshouse.align.sequences.LOGITS_AT_ONCE", limit)
         gpt = new_gpt()
         packed = pack([[0], [1, 2]], [[3, 4, 5], [6]], context=8)
-        seen = read(gpt, packed, entropy_gradient=True)
+        seen = read(gpt, packed, entropy="gradient")
         (seen.logp.sum() + seen.entropy.square().sum()).backward()  # type: ignore[no-untyped-call]
         gradients.append(torch.cat([p.grad.flatten() for p in gpt.parameters() if p.grad is not None]))
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-4) and gradients[0].norm() > 0.1

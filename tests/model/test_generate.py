@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from glasshouse.base.errors import CheckpointError, UsageError
 from glasshouse.model import GPT, KVCache
-from glasshouse.model.generate import Sampling, generate, last_logits
+from glasshouse.model.generate import Decoder, Sampling, generate, last_logits
 
 RAGGED = [[1, 2, 3, 4, 5, 6, 7], [9], [50, 3, 3], [5, 4, 3, 2, 1, 0, 7], [8, 8, 8, 8]]
 PROMPTS = st.lists(st.lists(st.integers(0, 52), min_size=1, max_size=20), min_size=1, max_size=5)
@@ -87,6 +87,21 @@ def test_samples_do_not_depend_on_batch_mates(any_model):
     assert [g.ids for g in together] == [g.ids for g in alone] == [g.ids for g in backwards]
     other = generate(any_model, RAGGED, 12, seeds=[s + 100 for s in seeds], **how)
     assert [g.ids for g in other] != [g.ids for g in together]
+
+
+def test_a_prompt_that_stands_there_several_times_is_read_once_and_answered_as_alone(any_model):
+    class Counting(Decoder):
+        def prefill(self, prompts, cache):
+            read.extend(prompts)
+            return super().prefill(prompts, cache)
+
+    read: list[list[int]] = []
+    prompts = [p for p in RAGGED for _ in range(3)]
+    how = {"temperature": 1.0, "return_logprobs": True, "stop": (7, 8)}
+    together = generate(Counting(any_model), prompts, 9, seeds=range(len(prompts)), **how)
+    assert sorted(read) == sorted(RAGGED)
+    for i, (prompt, made) in enumerate(zip(prompts, together, strict=True)):
+        assert [made] == generate(any_model, [prompt], 9, seeds=[i], **how)
 
 
 def test_equal_prompts_with_different_seeds_differ(tiny):

@@ -19,6 +19,7 @@ from glasshouse.align.rollout import Answer, Drawing, Rollouts
 from glasshouse.align.sequences import Sequences, logprobs, pack, read
 from glasshouse.base.errors import TrainingError
 from glasshouse.base.rng import generator, seed_from
+from glasshouse.model.partial import hidden_at
 
 
 @dataclass(frozen=True)
@@ -190,9 +191,10 @@ def critic(policy: Policy, rows: Sequences, batch_size: int = 64) -> Tensor:
     for start in range(0, len(rows.tokens), batch_size):
         at = torch.arange(start, min(start + batch_size, len(rows.tokens)), device=rows.tokens.device)
         some = rows.take(at)
-        hidden = policy.gpt.hidden(some.tokens[:, :-1])
-        out[at, : some.mask.shape[1]] = policy.value(hidden)[..., 0].float()
-    return out * rows.mask
+        there = some.mask.bool()
+        values = policy.value(hidden_at(policy.gpt, some.tokens[:, :-1], there))[:, 0].float()
+        out[at, : some.mask.shape[1]] = torch.zeros_like(some.mask).masked_scatter(there, values)
+    return out
 
 
 def minibatch(rollout: Rollout, step: int, how: RLConfig) -> Rollout:

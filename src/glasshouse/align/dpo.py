@@ -52,7 +52,7 @@ def dpo_loss(model: Policy, batch: DPOBatch) -> Loss:
     """
     pairs, ref = batch.pairs, batch.pairs.ref_logp
     assert ref is not None
-    logp = read(model.gpt, pairs.both).logp.sum(dim=1)
+    logp = read(model.gpt, pairs.both, entropy="none").logp.sum(dim=1)
     chosen, rejected = logp.chunk(2)
     ref_chosen, ref_rejected = ref.chunk(2)
     total = dpo(chosen, rejected, ref_chosen, ref_rejected, batch.beta, pairs.p).mean()

@@ -25,7 +25,9 @@ from glasshouse.align.sequences import pack
 from glasshouse.base.errors import TrainingError, UsageError
 from glasshouse.base.rng import seed_from
 from glasshouse.model import GPT
+from glasshouse.model.partial import hidden_at
 
+OUTLIERS = 256  # answers at most that are read for outliers, evenly from all of them
 SHRINK = 0.1  # of the covariance towards its diagonal's mean: a cloud of few answers has flat directions
 
 
@@ -81,9 +83,13 @@ class HeldOut:
         if self.inside:
             if self._cloud is None:
                 own = self._draw(policy.reference, how, rollouts, "held-out reference", 0)
-                self._cloud = Cloud(residuals(policy.reference, self.prompts, [a.ids for a in own]))
-            row["outlier"] = self._cloud.distance(residuals(policy.gpt, self.prompts, ids))
+                self._cloud = Cloud(self._inside(policy.reference, [a.ids for a in own]))
+            row["outlier"] = self._cloud.distance(self._inside(policy.gpt, ids))
         return row
+
+    def _inside(self, model: GPT, answers: Tokens) -> Tensor:
+        apart = -(-len(answers) // OUTLIERS)
+        return residuals(model, self.prompts[::apart], answers[::apart])
 
     def _draw(self, model: GPT, how: RLConfig, rollouts: Rollouts, what: str, step: int) -> list[Answer]:
         seeds = [seed_from(what, how.seed, step, i) for i in range(len(self.prompts))]
@@ -119,9 +125,11 @@ def residuals(
     for at in range(0, len(answers), batch_size):
         some = slice(at, at + batch_size)
         rows = pack(prompts[some], answers[some], context=model.config.context, device=model.device)
-        hidden = model.hidden(rows.tokens[:, :-1]).float()
-        mask = rows.mask[..., None]
-        found.append((hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp_min(1))
+        hidden = hidden_at(model, rows.tokens[:, :-1], rows.mask.bool()).float()
+        counts = rows.mask.sum(dim=1).long()
+        of = torch.arange(len(counts), device=hidden.device).repeat_interleave(counts)
+        sums = hidden.new_zeros(len(counts), hidden.shape[1]).index_add(0, of, hidden)
+        found.append(sums / counts.clamp_min(1)[:, None])
     return torch.cat(found)
 
 

@@ -21,6 +21,7 @@ from glasshouse.align.sequences import Sequences, pack
 from glasshouse.base.config import parse
 from glasshouse.base.errors import CheckpointError, UsageError
 from glasshouse.model import GPT, GPTConfig
+from glasshouse.model.partial import hidden_at
 from glasshouse.train import Checkpoint, Loss, StageConfig
 from glasshouse.train import checkpoint as saving
 from glasshouse.train.memory import Need
@@ -75,9 +76,8 @@ class RewardModel(nn.Module):
 
     def scores(self, rows: Sequences) -> Tensor:
         """Raw scores fp32 [n] of rows, with a gradient."""
-        hidden = self.body.hidden(rows.tokens)
-        at_end = hidden[torch.arange(len(rows.last), device=hidden.device), rows.last]
-        scores: Tensor = self.head(at_end)[:, 0].float()
+        at_end = torch.zeros_like(rows.tokens, dtype=torch.bool).scatter(1, rows.last[:, None], True)
+        scores: Tensor = self.head(hidden_at(self.body, rows.tokens, at_end))[:, 0].float()
         return scores
 
     @torch.no_grad()

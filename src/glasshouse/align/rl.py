@@ -32,7 +32,7 @@ from glasshouse.align.losses import masked_mean, mean_over, ppo_clip, value_clip
 from glasshouse.align.policy import Policy, Prompts, RLConfig
 from glasshouse.align.reward import Reward, reward_loss
 from glasshouse.align.rollout import Embedded, Rollouts
-from glasshouse.align.sequences import read
+from glasshouse.align.sequences import Entropy, read
 from glasshouse.align.watch import Online, ProxyParted
 from glasshouse.base.errors import UsageError
 from glasshouse.train import Loss
@@ -51,6 +51,10 @@ class Update:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
+def _wanted(how: RLConfig) -> Entropy:
+    return "gradient" if how.entropy_coef > 0 else "number"
+
+
 def ppo(model: Policy, batch: Update) -> Loss:
     """Objective "ppo": clipped policy loss, ``value_coef`` times the clipped value loss, less the entropy's
     share (Schulman et al. 2017, eq. 9).
@@ -58,12 +62,12 @@ def ppo(model: Policy, batch: Update) -> Loss:
     if model.value is None:
         raise UsageError("ppo needs a critic: build the policy with critic=True")
     how, rollout = batch.how, batch.rollout
-    seen = read(model.gpt, rollout.sequences, entropy_gradient=how.entropy_coef > 0)
-    values = model.value(seen.hidden)[..., 0].float()
+    seen = read(model.gpt, rollout.sequences, entropy=_wanted(how))
+    mask = rollout.sequences.mask
+    values = torch.zeros_like(mask).masked_scatter(mask.bool(), model.value(seen.hidden)[:, 0].float())
     if rollout.values is None:
         rollout = settled(rollout, how, values.detach())
     assert rollout.values is not None and rollout.returns is not None
-    mask = rollout.sequences.mask
     missed = value_clip(values, rollout.values, rollout.returns, mask, clip=how.value_clip)
     parts = {"value": how.value_coef * missed.loss}
     return _policy_loss(batch, rollout, seen.logp, seen.entropy, parts, {"value_loss": missed.loss})
@@ -71,7 +75,7 @@ def ppo(model: Policy, batch: Update) -> Loss:
 
 def grpo(model: Policy, batch: Update) -> Loss:
     """Objective "grpo": clipped policy loss on advantages within groups (Shao et al. 2024, eq. 3)."""
-    seen = read(model.gpt, batch.rollout.sequences, entropy_gradient=batch.how.entropy_coef > 0)
+    seen = read(model.gpt, batch.rollout.sequences, entropy=_wanted(batch.how))
     return _policy_loss(batch, batch.rollout, seen.logp, seen.entropy, {}, {})
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from glasshouse.base.errors import DataError
 from glasshouse.model import GPT
+from glasshouse.model.partial import hidden_at
 
+Entropy = Literal["none", "number", "gradient"]  # not wanted; without a gradient; with one
 LOGITS_AT_ONCE = 2**24  # more than these are made again in the backward pass rather than kept (64 MB)
 
 
@@ -74,7 +77,7 @@ def pack(
 @dataclass(frozen=True)
 class Read:
     """One forward pass: ``logp`` fp32 [N, P] of the answers' tokens (0 elsewhere), ``entropy`` [N, P] of the
-    predictions without a gradient unless asked for, ``hidden`` [N, P, D].
+    predictions (0 where it was not wanted), ``hidden`` [M, D] of those predictions, row after row.
     """
 
     logp: Tensor
@@ -82,34 +85,35 @@ class Read:
     hidden: Tensor
 
 
-def read(model: GPT, rows: Sequences, *, entropy_gradient: bool = False) -> Read:
-    """Read ``rows`` with ``model``; logits are formed only where an answer's token is predicted."""
-    hidden_NPD = model.hidden(rows.tokens[:, :-1])
+def read(model: GPT, rows: Sequences, *, entropy: Entropy = "number") -> Read:
+    """Read ``rows`` with ``model``: the last block and the head only where an answer's token is predicted."""
     at = rows.mask.bool()
-    targets_M, chosen_MD = rows.tokens[:, 1:][at], hidden_NPD[at]
+    targets_M, chosen_MD = rows.tokens[:, 1:][at], hidden_at(model, rows.tokens[:, :-1], at)
     V, M = model.config.vocab_size, chosen_MD.shape[0]
     size = max(1, LOGITS_AT_ONCE // V)
     found = []
     for start in range(0, M, size):
         some = chosen_MD[start : start + size], targets_M[start : start + size]
         if size >= M or not torch.is_grad_enabled():
-            found.append(_predict(model, *some, entropy_gradient))
+            found.append(_predict(model, *some, entropy))
         else:
-            found.append(checkpoint(_predict, model, *some, entropy_gradient, use_reentrant=False))
+            found.append(checkpoint(_predict, model, *some, entropy, use_reentrant=False))
     empty = torch.zeros(rows.mask.shape, device=rows.mask.device)
     if not found:
-        return Read(empty, empty, hidden_NPD)
+        return Read(empty, empty, chosen_MD)
     logp_M, entropy_M = (torch.cat(parts) for parts in zip(*found, strict=True))
     return Read(
-        empty.masked_scatter(at, logp_M), torch.zeros_like(empty).masked_scatter(at, entropy_M), hidden_NPD
+        empty.masked_scatter(at, logp_M), torch.zeros_like(empty).masked_scatter(at, entropy_M), chosen_MD
     )
 
 
-def _predict(model: GPT, x_MD: Tensor, targets_M: Tensor, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
+def _predict(model: GPT, x_MD: Tensor, targets_M: Tensor, entropy: Entropy) -> tuple[Tensor, Tensor]:
     logp_MV = model.unembed(x_MD).float().log_softmax(-1)
-    spread = logp_MV if entropy_gradient else logp_MV.detach()
-    entropy_M = -(spread.exp() * spread).sum(-1)
-    return logp_MV.gather(-1, targets_M[:, None])[:, 0], entropy_M
+    logp_M = logp_MV.gather(-1, targets_M[:, None])[:, 0]
+    if entropy == "none":
+        return logp_M, torch.zeros_like(logp_M)
+    spread = logp_MV if entropy == "gradient" else logp_MV.detach()
+    return logp_M, -(spread.exp() * spread).sum(-1)
 
 
 @torch.no_grad()
@@ -119,5 +123,5 @@ def logprobs(model: GPT, rows: Sequences, batch_size: int = 64) -> Tensor:
     for start in range(0, len(rows.tokens), batch_size):
         at = torch.arange(start, min(start + batch_size, len(rows.tokens)), device=rows.tokens.device)
         some = rows.take(at)
-        out[at, : some.mask.shape[1]] = read(model, some).logp
+        out[at, : some.mask.shape[1]] = read(model, some, entropy="none").logp
     return out

@@ -295,13 +295,22 @@ def _run(
 def _start(
     decoder: Decoder, prompts: Sequence[Sequence[int]], new: int, shared: Prefix | None
 ) -> tuple[SlotCache, Tensor]:
-    """A cache with the prompts in it, and the normed residuals [B, D] at their ends."""
-    cache = decoder.cache(len(prompts), len(prompts[0]) + new)
+    """A cache with the prompts in it, and the normed residuals [B, D] at their ends. A prompt that stands
+    there several times, as in a group of answers to it, is read once.
+    """
+    places: dict[tuple[int, ...], int] = {}
+    of = [places.setdefault(tuple(p), len(places)) for p in prompts]
+    different = [list(p) for p in places]
+    cache = decoder.cache(len(different), len(prompts[0]) + new)
     if shared is not None:
         # Whole chunks only, and never all of a prompt: its last position has yet to be computed.
         length = min(len(shared.ids), len(prompts[-1]) - 1) // CHUNK * CHUNK
         cache.put_prefix(shared.cache, length)
-    return cache, decoder.prefill(prompts, cache)
+    x = decoder.prefill(different, cache)
+    if len(different) < len(prompts):
+        cache.keep(of)
+        x = x[of]
+    return cache, x
 
 
 def _common(decoder: Decoder, prompts: Sequence[list[int]]) -> Prefix | None:

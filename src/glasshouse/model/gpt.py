@@ -333,6 +333,27 @@ class GPT(nn.Module):
         """The normed residual stream before the head [batch, pos, d_model]; arguments as in ``forward``."""
         if taps is not None:
             taps.check(self.sites(), self.hook_names)
+        x, full, local = self.begin(tokens_BT, cache, positions_BT, mask)
+        x = taps("embed", x) if taps is not None else x
+        for block in self.blocks:
+            if taps is not None and taps.done:
+                return x
+            x = self.run_block(block, x, local if block.windowed else full, taps, cache)
+        if taps is not None and taps.done:
+            return x
+        if cache is not None:
+            cache.length += tokens_BT.shape[1]
+        x = self.norm(x)
+        return taps("final_norm", x) if taps is not None else x
+
+    def begin(
+        self,
+        tokens_BT: Tensor,
+        cache: KVCache | None = None,
+        positions_BT: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Where, Where]:
+        """The stream before the first block [batch, pos, d_model]; what full and windowed layers need."""
         T, past = tokens_BT.shape[1], cache.length if cache is not None else 0
         if past + T > self.config.context:
             raise ValueError(f"{past + T} positions exceed the model's context of {self.config.context}")
@@ -343,18 +364,7 @@ class GPT(nn.Module):
         if self.config.position == "learned":
             at = torch.arange(past, past + T, device=x.device) if positions_BT is None else positions_BT
             x = x + self.pos(at)
-        full, local = self.where(T, past, positions_BT, mask, roles)
-        x = taps("embed", x) if taps is not None else x
-        for block in self.blocks:
-            if taps is not None and taps.done:
-                return x
-            x = self.run_block(block, x, local if block.windowed else full, taps, cache)
-        if taps is not None and taps.done:
-            return x
-        if cache is not None:
-            cache.length += T
-        x = self.norm(x)
-        return taps("final_norm", x) if taps is not None else x
+        return x, *self.where(T, past, positions_BT, mask, roles)
 
     @property
     def device(self) -> torch.device:
