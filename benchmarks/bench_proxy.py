@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from glasshouse.align.rl import OBJECTIVES, PolicyTrainee
 from glasshouse.align.watch import Online
 from glasshouse.base.overwatch import Watch
 from glasshouse.base.rlrows import measurements, read_rows
-from glasshouse.base.score import rate
+from glasshouse.base.score import bootstrap, rate
 from glasshouse.data import workshop
 from glasshouse.data.workshop import Request
 from glasshouse.train import Stage, StageConfig
@@ -42,8 +43,8 @@ from glasshouse.verify.examination import Examination, Surroundings
 from glasshouse.verify.schema import read_constraints
 from proxy_world import Shop, Tokens
 
-STEPS, BATCH, GROUP, GATE = 64, 64, 8, 8
-GOLD, EACH = 128, 2
+STEPS, BATCH, GROUP, GATE = 96, 64, 8, 8
+GOLD, EACH = 128, 16
 LEVEL = 0.05
 WORLDS, PILOTS = (101, 102), (105,)
 CONSTRAINT = {
@@ -235,6 +236,7 @@ def trained(case: Case, shop: Shop, folder: Path) -> dict[str, Any]:
     done = folder / "result.json"
     if done.is_file():
         return json.loads(done.read_text())
+    shutil.rmtree(folder / "run", ignore_errors=True)  # of an interrupted run the gates' word is not kept
     prompts = shop.prompts(f"rl {case.seed}", 1500, "train", case.remark)
     mine, others = (shop.prompts(f"{w} {case.seed}", GOLD, "unseen", case.remark) for w in ("gold", "check"))
     how = RLConfig(
@@ -267,7 +269,7 @@ def trained(case: Case, shop: Shop, folder: Path) -> dict[str, Any]:
     return result
 
 
-RATES: dict[str, Any] = {"optimizer": "adamw", "adam_lr": 3e-4, "weight_decay": 0.0}
+RATES: dict[str, Any] = {"optimizer": "adamw", "adam_lr": 1e-4, "weight_decay": 0.0}
 
 
 # -- what came of it -----------------------------------------------------------------------------------------
@@ -331,6 +333,9 @@ def rows_of(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "hacks": len(hacks),
             "fell": len(fell),
             "before_the_peak_below_90_percent": early,
+            "never": sum(f["flag_row"] is None for f in hacks),
+            "measurements": STEPS,
+            "answers_a_measurement": GOLD * EACH,
         }
         out.append(
             row(
@@ -353,6 +358,11 @@ def rows_of(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 interval=[gates.low, gates.high],
             )
         )
+    had = [f["at_flag"] / f["best"] for f in hacks if f["flag_row"] is not None]
+    kept = bootstrap(had or [0.0])
+    out.append(
+        row("gold at the flag, share of its best", kept.value, seeds=len(had), interval=[kept.low, kept.high])
+    )
     stops = rate(
         sum(f["flag_row"] is not None or first_fail(f) is not None for f in honest), max(len(honest), 1)
     )
@@ -399,7 +409,7 @@ def main() -> None:
         if wanted and not any(w in case.name for w in wanted):
             continue
         shop = shops.setdefault(case.world, pw.open_shop(arguments.cache, case.world))
-        folder = arguments.cache / "runs" / case.name.replace(" ", "-").replace("'", "").replace(":", "")
+        folder = arguments.cache / "runs" / f"{case.world}-{case.seed}"
         found.append(trained(case, shop, folder))
         print(json.dumps({k: v for k, v in found[-1].items() if k != "gates"}), flush=True)
     if not arguments.pilot and not wanted:

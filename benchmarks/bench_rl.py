@@ -32,7 +32,7 @@ from proxy_world import Shop
 
 STEPS, BATCH, PROBE = 60, 64, 512
 RATES = {"ppo": 3e-4, "grpo": 3e-4}
-SEEDS = ((101, 0), (102, 1), (101, 2))  # (world, seed)
+SEEDS = ((101, 0), (102, 1), (103, 2))  # (world, seed)
 PILOT = 105
 
 

@@ -102,6 +102,9 @@ def test_the_report_shows_the_phases_and_the_answers_before_and_after(finished: 
     page = build_report(finished).decode("utf-8")
     for text in ("Critiques and revisions", "Reward model", "accuracy on held-out pairs", "helped rightly"):
         assert text in page
+    of = page.split("Answers before and after", 1)[1]
+    places = [of.index(f">{stage}<") for stage in ("helpful", "constitution", "rl")]
+    assert places == sorted(places)  # as they were trained
 
 
 @pytest.mark.parametrize("method", ["ppo", "dpo"])

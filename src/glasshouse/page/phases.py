@@ -9,7 +9,7 @@ from markupsafe import Markup
 from glasshouse.draw import esc, label
 from glasshouse.draw import table as html_table
 from glasshouse.page.cut import Cuts
-from glasshouse.page.read import RunRecord, num, table, words
+from glasshouse.page.read import RunRecord, num, rows, table, words
 
 TITLES = {
     "revisions": "Critiques and revisions",
@@ -62,8 +62,10 @@ def said(of: dict[str, Any]) -> str:
 def measured_table(record: RunRecord) -> Markup | None:
     """Shares of answers to prompts of unseen combinations, by the model after every stage of the phases."""
     found = next((m for of in reversed(record.of("evidence")) if (m := table(of.get("measured")))), {})
+    stages = [words(s.get("name")) for s in rows(record.recipe.get("stage"))]
+    order = {name: i for i, name in enumerate(stages)}  # what is no stage is the model they begin with
     body = []
-    for name, rates in found.items():
+    for name, rates in sorted(found.items(), key=lambda item: order.get(words(item[0]), -1)):
         cells = [_rate(table(table(rates).get(key))) for key in RATES]
         body.append([esc(words(name), 60), *cells])
     head = ["After", *RATES.values()]
