@@ -314,7 +314,7 @@ def table(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "judge takes sides where its principle is silent", sides.value, seeds=seeds, **interval(sides)
             )
         )
-    rows += [r for kind in ("shuffled", "random") for r in control_rows(kind, found, seeds)]
+    rows += [r for kind in ("shuffled", "random") for r in control_rows(kind, found)]
     seconds = [f["cpu_s"] for f in found if f["cpu_s"] is not None]
     if seconds:
         goal = {"goal": "<= 2700", "met": max(seconds) <= 2700}
@@ -344,9 +344,10 @@ def lost(
     ]
 
 
-def control_rows(kind: str, found: list[dict[str, Any]], seeds: list[int]) -> list[dict[str, Any]]:
+def control_rows(kind: str, every: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A control: violations after it, and whether it failed to improve, as it must."""
-    made = [f["controls"][kind] for f in found if "controls" in f]
+    found = [f for f in every if "controls" in f]
+    made, seeds = [f["controls"][kind] for f in found], [f["seed"] for f in found]
     if not made:
         return []
     first = pooled([f["examined"]["helpful"]["trained"] for f in found])
