@@ -1,6 +1,6 @@
 """Values before training, each method through its recipe: what is said afterwards, and what it cost.
 
-    python benchmarks/bench_values.py [--seeds 0 1 2] [--steps 600]
+    python benchmarks/bench_values.py [--seeds 3 4 5] [--steps 1200]
 
 A corpus of the closed language in which three documents in ten are undesirable: a helper complies with half
 of the harmful requests and is rude in one answer in ten, whatever was asked. Documents carry the grammar's
@@ -16,7 +16,8 @@ no training text holds, or are rude. Loss: bits per byte of held-out documents, 
 the language (none undesirable) and of the books; under control tokens it is measured behind the good tag,
 whose own tokens do not count, and without any tag. Numbers of a method that are not the product's defaults
 (beta, below) follow from the formula and were not searched; other settings belong on seeds from 100 on, which
-are not scored.
+are not scored. Steps were 600 until seeds 0 to 2 had been scored with them; what they came to stays in the
+results.
 """
 
 from __future__ import annotations
@@ -346,8 +347,8 @@ def table(found: Sequence[dict[str, dict[str, Any]]], seeds: list[int]) -> list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[3, 4, 5])
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--keep", type=Path, help="JSONL file from which an interrupted call goes on")
     parser.add_argument("--pilot", action="store_true", help="print, and write no results")

@@ -19,8 +19,8 @@ from glasshouse.recipes.align.template import recipe_for
 from recipes.align_world import entries, judge_at
 
 SMALL = (
-    *("align.context=512", "align.pairs=4", "align.revising.rounds=1", "align.revising.answer_tokens=5"),
-    *("align.revising.critique_tokens=4", "align.judging.principles=1", "align.reward.stage.steps=80"),
+    *("align.context=512", "align.pairs=8", "align.revising.rounds=1", "align.revising.answer_tokens=5"),
+    *("align.revising.critique_tokens=4", "align.judging.principles=1", "align.reward.stage.steps=150"),
     *("align.reward.stage.batch_size=32", "align.reward.stage.adam_lr=0.005", "align.reward.held_out=0.4"),
     *(
         "align.policy.rl.max_new_tokens=5",
@@ -127,7 +127,7 @@ def test_the_cost_comes_first(
 ) -> None:
     main(["align", str(model), *SMALL, "--prompts", str(prompts), "--out", str(run), "-q"])
     said = capsys.readouterr()
-    assert "100 prompts, 1 rounds" in said.out and "400 answers" in said.out
+    assert "100 prompts, 1 rounds" in said.out and "800 answers" in said.out
     assert "holds a run already" in said.err
 
 
