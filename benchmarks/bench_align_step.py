@@ -20,19 +20,18 @@ import argparse
 import contextlib
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 
 from common import FOREIGN_LIMIT, Quiet, machine, row, write
+from contestant import Contestant
 from glasshouse.align.dpo import DPOTrainee
 from glasshouse.align.policy import Policy, RLConfig, prompt_batches, prompt_plan
 from glasshouse.align.preferences import Preference, pair_batches, preference_plan
@@ -187,35 +186,6 @@ def ours(kind: str, folder: Path, turns: Turns) -> None:
 # -- side by side --------------------------------------------------------------------------------------------
 
 
-class Contestant:
-    """A trainer in a process of its own; it ends with the ``with`` block."""
-
-    def __init__(self, command: list[str], log: Path):
-        self.log = log
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True
-        )
-
-    def __call__(self) -> float:
-        """Seconds of a step."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write("step\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"a contestant ended: {self.log.read_text()[-1500:]}")
-        return float(line)
-
-    def __enter__(self) -> Contestant:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-
 def race(kind: str, folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of one kind: seconds a step of each, and the median of the rounds' ratios."""
     here = Path(__file__).parent
@@ -230,7 +200,7 @@ def race(kind: str, folder: Path, arguments: argparse.Namespace) -> list[dict[st
     took: dict[str, list[float]] = {}
     with contextlib.ExitStack() as stack:
         steps = {
-            who: stack.enter_context(Contestant(command, folder / f"{who}-{kind}.log"))
+            who: stack.enter_context(Contestant(who, command, folder / f"{who}-{kind}.log"))
             for who, command in commands.items()
         }
         for _ in range(arguments.warm):

@@ -21,11 +21,9 @@ import argparse
 import contextlib
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -33,6 +31,7 @@ import torch
 
 import peers_train
 from common import FOREIGN_LIMIT, Quiet, row, write
+from contestant import Contestant
 from glasshouse.base.rng import generator
 from glasshouse.model.compiled import compile_blocks
 from glasshouse.train.allocator import keep_freed_memory
@@ -100,39 +99,12 @@ def work(who: str, name: str, nanogpt: Path | None) -> None:
         answers.flush()
 
 
-class Contestant:
-    """A trainer in a process of its own; it ends with the ``with`` block."""
-
-    def __init__(self, who: str, name: str, arguments: argparse.Namespace):
-        command = [sys.executable, "-W", "ignore", __file__, "--work", who, "--shapes", name]
-        command += ["--threads", str(arguments.threads)]
-        command += ["--nanogpt", str(arguments.nanogpt)] if arguments.nanogpt else []
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        self.who = who
-
-    def ask(self, what: str) -> float:
-        """The answer to "step" (seconds), "peak" (operations per second) or "memory" (MB at most so far)."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(what + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.who} ended with status {self._process.wait()}")
-        return float(line)
-
-    def __call__(self) -> float:
-        return self.ask("step")
-
-    def __enter__(self) -> Contestant:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.kill()
-        self._process.communicate()
+def contestant(who: str, name: str, arguments: argparse.Namespace) -> Contestant:
+    """One that answers "step" (seconds), "peak" (operations per second) and "memory" (MB at most so far)."""
+    command = [sys.executable, "-W", "ignore", __file__, "--work", who, "--shapes", name]
+    command += ["--threads", str(arguments.threads)]
+    command += ["--nanogpt", str(arguments.nanogpt)] if arguments.nanogpt else []
+    return Contestant(who, command)
 
 
 def line_up(name: str, arguments: argparse.Namespace) -> list[str]:
@@ -149,7 +121,7 @@ def race(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     peaks = []
     with contextlib.ExitStack() as stack:
         steps: dict[str, Any] = {
-            who: stack.enter_context(Contestant(who, name, arguments)) for who in line_up(name, arguments)
+            who: stack.enter_context(contestant(who, name, arguments)) for who in line_up(name, arguments)
         }
         judge = steps[OURS]
         if name == "C" and arguments.llmc:
