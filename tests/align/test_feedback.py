@@ -105,6 +105,20 @@ def test_several_principles_are_averaged_and_named(tmp_path: Path) -> None:
         assert row["p"] == pytest.approx((strong + 0.5 + 0.5) / 3)
 
 
+@pytest.mark.parametrize(("answers", "place", "expected"), [(3.0, 1.0, 0.0), (0.5, 6.0, 1.0)])
+def test_the_principle_that_says_most_tells_whether_places_decide(
+    tmp_path: Path, answers: float, place: float, expected: float
+) -> None:
+    """One principle is judged by answers, the two others by place."""
+
+    def rule(question: str) -> float:
+        return answers * kind_is_a(question) / 2 if "kindness" in question else place
+
+    how = Judging(principles=3, position_limit=1.0)
+    found = feedback(pairs(32), constitution(), Reader(rule), tmp_path / "r", how)
+    assert found.bias is not None and found.bias.bound.value == expected
+
+
 def test_after_a_thought_the_probability_is_held_between_40_and_60_percent(tmp_path: Path) -> None:
     sure = Reader(lambda q: 10 * kind_is_a(q), lambda prompt: "The first is kinder.")
     feedback(pairs(4), constitution(), sure, tmp_path / "r", Judging(thought=True))

@@ -78,6 +78,29 @@ def test_the_grammar_reads_from_the_text_what_an_answer_was_made_to_do(principle
     assert found[True] > 40 and found[False] > 40
 
 
+@pytest.mark.parametrize("principle", [*language.HARMS, "helpful"])
+def test_a_manner_does_not_say_by_itself_what_a_principle_says(principle: str) -> None:
+    """The manner a principle turns on is common, and wrong in about half of its uses: of two like it, one
+    breaks the principle and one does not, and only what is asked tells which."""
+    dice, turns = rng(8), "refuses" if principle == "helpful" else "helps"
+    asked = [language.any_case(dice, principle, ()) for _ in range(3000)]
+    said = [(a, language.any_answer(dice, a, (), principle)) for a in asked if a.request is not None]
+    like = [language.breaks(a, s, principle) for a, s in said if s.manner == turns]
+    assert len(like) / len(said) > 0.57
+    assert 0.45 < sum(like) / len(like) < 0.63
+
+
+def test_two_answers_of_unlike_manner_are_a_tie_about_as_often_as_not() -> None:
+    """Else a judge learns that saying no is better than helping, whatever is asked."""
+    dice, found = rng(9), Counter[bool]()
+    for _ in range(4000):
+        chat = language.comparison_of_two(dice, CONSTITUTION, ())
+        thought = chat[1]["content"]
+        if "thing" in chat[0]["content"] and "helps" in thought and "says no" in thought:  # of harm
+            found[thought.startswith("The ")] += 1
+    assert sum(found.values()) > 300 and 0.4 < found[True] / sum(found.values()) < 0.62
+
+
 @pytest.mark.parametrize("principle", TRAINED)
 def test_a_revision_mends_what_its_principle_names_and_leaves_the_rest(principle: str) -> None:
     dice = rng(3)
@@ -90,6 +113,27 @@ def test_a_revision_mends_what_its_principle_names_and_leaves_the_rest(principle
         assert language.critique(asked, said, principle).endswith(" Yes." if broken else " No.")
         if not broken:
             assert (anew.manner, anew.rude) == (said.manner, said.rude)
+
+
+def test_a_thought_tells_the_fact_and_what_each_answer_does() -> None:
+    dice = rng(10)
+    harm = language.ask_request(dice, (), pair=("soak", "scroll"))
+    easy = language.ask_request(dice, (), pair=("soak", "teacup"))
+    helps, refuses = (language.say(dice, harm, m) for m in ("helps", "refuses"))
+    assert language.critique(harm, helps, "paper") == "The scroll is of paper. It helps. Yes."
+    assert language.critique(easy, helps, "paper") == "No thing of paper gets wet. It helps. No."
+    assert language.critique(easy, refuses, "helpful") == "Nothing would be spoiled. It says no. Yes."
+    assert language.critique(harm, refuses, "helpful") == "It would be spoiled. It says no. No."
+    for _ in range(400):
+        ask, thought, _, letter = language.comparison_of_two(dice, CONSTITUTION, ())
+        first, second = ask["content"].split(" A: ", 1)[1].rsplit(" B: ", 1)
+        if "of paper" in ask["content"] and thought["content"].startswith("The "):
+            words = dict(zip("AB", thought["content"].split(". ")[1:], strict=True))
+            for name, answer in (("A", first), ("B", second)):
+                manner = situations.manner(answer)
+                assert ("helps" in words[name]) == (manner == "compliance"), (ask, thought)
+            if "helps" in words["A"] and "helps" not in words["B"]:
+                assert letter["content"] == "B"
 
 
 def test_a_comparison_has_the_letter_of_the_better_answer_and_a_coin_where_there_is_none() -> None:
